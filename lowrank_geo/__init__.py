@@ -1,0 +1,1 @@
+"""Train PyTorch models whose weights stay on the manifold of rank-r matrices."""

@@ -1,0 +1,126 @@
+"""y = x (U S Vᵀ)ᵀ + bias, with one of two meanings of the gradients of U, S, V.
+
+`factors`: the ordinary partial derivatives, by autograd. `tangent`: the coordinates (Up, M, Vp) of the Riemannian
+gradient P_T(∂L/∂W), from x and a = x V alone; S is never inverted. With G = ∂L/∂W (never formed) and b = (∂L/∂y) U:
+
+    G V = (∂L/∂y)ᵀ a      Gᵀ U = xᵀ b      M = UᵀG V = bᵀ a      ∂L/∂x = (b S) Vᵀ
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Gradient = Literal["factors", "tangent"]
+GRADIENTS: tuple[Gradient, ...] = ("factors", "tangent")
+
+
+def lowrank_linear(
+    x: Tensor,
+    U: Tensor,
+    S: Tensor,
+    V: Tensor,
+    bias: Tensor | None = None,
+    *,
+    gradient: Gradient = "factors",
+) -> Tensor:
+    """x Wᵀ + bias with W = U S Vᵀ, in the dtype of x (or of autocast); W is never formed.
+
+    Shapes: x (..., n), U (m, r), S (r, r), V (n, r), bias (m) -> (..., m).
+    Raises: ValueError if the last dimension of x is not n, or for an unknown `gradient`.
+    """
+    if x.shape[-1] != V.shape[0]:
+        raise ValueError(
+            f"lowrank_linear needs x with last dimension {V.shape[0]}, got {tuple(x.shape)}; "
+            "check the input features of the layer"
+        )
+    if gradient not in GRADIENTS:
+        raise ValueError(
+            f"lowrank_linear needs gradient 'factors' or 'tangent', got {gradient!r}; use one of them"
+        )
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        x = x.to(torch.get_autocast_dtype(device))
+    if gradient == "tangent":
+        y = tangent_linear(x.reshape(-1, x.shape[-1]), U, S, V)[0]
+        y = y.reshape(*x.shape[:-1], U.shape[0])
+        return y if bias is None else y + bias.to(y.dtype)
+    bias = None if bias is None else bias.to(x.dtype)
+    left, right = fold(x.numel() // max(x.shape[-1], 1), U.to(x.dtype), S.to(x.dtype))
+    a = x @ V.to(x.dtype)
+    return F.linear(a if right is None else a @ right, left, bias)
+
+
+def fold(tokens: int, U: Tensor, S: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The cheaper association of a Sᵀ Uᵀ: (U S, None) for many tokens, (U, Sᵀ) for few.
+
+    Shapes: U (m, r), S (r, r) -> left (m, r), right (r, r) or None.
+    """
+    return (U @ S, None) if tokens >= U.shape[0] else (U, S.mT)
+
+
+@torch.library.custom_op("lowrank_geo::tangent_linear", mutates_args=())
+def tangent_linear(x: Tensor, U: Tensor, S: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
+    """y = x V Sᵀ Uᵀ and a = x V, the only activation kept besides x.
+
+    Shapes: x (B, n), U (m, r), S (r, r), V (n, r) -> y (B, m), a (B, r).
+    """
+    U, S, V = U.to(x.dtype), S.to(x.dtype), V.to(x.dtype)
+    a = x @ V
+    left, right = fold(x.shape[0], U, S)
+    return (a if right is None else a @ right) @ left.mT, a
+
+
+@tangent_linear.register_fake
+def _(x: Tensor, U: Tensor, S: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[0], U.shape[0]), x.new_empty(x.shape[0], V.shape[1])
+
+
+@torch.library.custom_op("lowrank_geo::tangent_linear_backward", mutates_args=())
+def tangent_linear_backward(
+    g: Tensor, x: Tensor, a: Tensor, U: Tensor, S: Tensor, V: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """∂L/∂x and the tangent coordinates of the Riemannian gradient, gauged in the dtype of U.
+
+    Shapes: g = ∂L/∂y (B, m), x (B, n), a = x V (B, r) -> dx (B, n), Up (m, r), M (r, r), Vp (n, r).
+    """
+    low = (U.to(g.dtype), S.to(g.dtype), V.to(g.dtype))
+    b = g @ low[0]  # (B, r)
+    left, right = fold(g.shape[0], low[2], low[1].mT)
+    dx = (b if right is None else b @ right) @ left.mT
+    GV, GtU = (g.mT @ a).to(U.dtype), (x.mT @ b).to(U.dtype)
+    # In low precision bᵀa is not UᵀGV to the rounding of U, and the gauge would leak.
+    M = U.mT @ GV
+    return dx, GV - U @ M, M, GtU - V @ (V.mT @ GtU if g.dtype != U.dtype else M.mT)
+
+
+@tangent_linear_backward.register_fake
+def _(
+    g: Tensor, x: Tensor, a: Tensor, U: Tensor, S: Tensor, V: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(U), torch.empty_like(S), torch.empty_like(V)
+
+
+def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:
+    x, U, S, V = inputs
+    _, a = output
+    ctx.mark_non_differentiable(a)
+    ctx.set_materialize_grads(True)
+    ctx.save_for_backward(x, a, U, S, V)
+
+
+def _backward(ctx: torch.autograd.function.FunctionCtx, g: Tensor, _: Tensor) -> tuple:
+    x, a, U, S, V = ctx.saved_tensors
+    return tangent_linear_backward(g, x, a, U, S, V)
+
+
+def refuse_double_backward(ctx: torch.autograd.function.FunctionCtx, *_: Tensor) -> tuple:
+    raise RuntimeError(
+        "lowrank_linear needs gradient='factors' for second derivatives, got 'tangent'; "
+        "set layer.gradient = 'factors' before the forward pass"
+    )
+
+
+tangent_linear.register_autograd(_backward, setup_context=_save)
+tangent_linear_backward.register_autograd(refuse_double_backward)

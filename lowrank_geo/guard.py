@@ -1,0 +1,44 @@
+"""Parameters whose `.grad` holds tangent coordinates, and the refusal of optimizers that would misread it."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.weak import WeakIdKeyDictionary
+
+_tangent: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_hook: list[Any] = []  # the handle of the one global hook, installed with the first mark
+
+
+def mark(parameters: Iterable[Tensor]) -> None:
+    """From now on a step on these by an optimizer that does not read tangent gradients raises."""
+    if not _hook:
+        _hook.append(register_optimizer_step_pre_hook(_refuse_foreign_optimizer))
+    for parameter in parameters:
+        _tangent[parameter] = True
+
+
+def unmark(parameters: Iterable[Tensor]) -> None:
+    """These hold ordinary gradients again."""
+    for parameter in parameters:
+        _tangent.pop(parameter, None)
+
+
+def is_marked(parameter: Tensor) -> bool:
+    """Whether `.grad` of this parameter holds tangent coordinates."""
+    return parameter in _tangent
+
+
+def _refuse_foreign_optimizer(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    if getattr(optimizer, "reads_tangent_gradients", False):
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None and is_marked(parameter):
+                raise RuntimeError(
+                    f"{type(optimizer).__name__}.step needs ordinary gradients, got tangent gradients of a "
+                    f"low-rank layer (a factor of shape {tuple(parameter.shape)}); use an optimizer of "
+                    "lowrank_geo.optim, or set layer.gradient = 'factors' on the low-rank layers"
+                )

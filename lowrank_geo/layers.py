@@ -1,0 +1,229 @@
+"""Layers whose weight is a point W = U S Vᵀ, kept as three plain parameters U, S, V."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_geo import guard
+from lowrank_geo.convolution import ConvGeometry, lowrank_conv2d
+from lowrank_geo.functional import GRADIENTS, Gradient, lowrank_linear
+from lowrank_geo.geometry import Point, check_rank
+from lowrank_geo.init import factorize
+
+ORTHONORMAL = 1e-3  # largest |UᵀU − I| of a frame that tangent gradients accept
+
+
+class LowRankLayer(nn.Module):
+    """What `LowRankLinear` and `LowRankConv2d` share: the factors, their precision and the meaning of `.grad`.
+
+    U, S, V are float32 or better whatever the model's dtype; the forward pass casts them.
+    """
+
+    U: nn.Parameter  # (m, r)
+    S: nn.Parameter  # (r, r)
+    V: nn.Parameter  # (n, r)
+    bias: nn.Parameter | None  # (m)
+
+    def __init__(self, point: Point, bias: Tensor | None) -> None:
+        super().__init__()
+        check_rank(type(self).__name__, point.U.shape[0], point.V.shape[0], point.S.shape[0])
+        self.U, self.S, self.V = (nn.Parameter(x) for x in point)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
+        self._gradient: Gradient = "factors"
+
+    @property
+    def rank(self) -> int:
+        return self.S.shape[0]
+
+    @property
+    def point(self) -> Point:
+        """The weight as a `Point` of the parameters themselves."""
+        return Point(self.U, self.S, self.V)
+
+    @property
+    def gradient(self) -> Gradient:
+        """What backward writes to `.grad`: partial derivatives ("factors") or tangent coordinates ("tangent")."""
+        return self._gradient
+
+    @gradient.setter
+    def gradient(self, value: Gradient) -> None:
+        if value not in GRADIENTS:
+            raise ValueError(
+                f"gradient needs to be 'factors' or 'tangent', got {value!r}; use one of them"
+            )
+        if value == "tangent":
+            check_orthonormal(self.point, type(self).__name__)
+        self._gradient = value
+        self._mark()
+
+    def _mark(self) -> None:
+        (guard.mark if self._gradient == "tangent" else guard.unmark)(self.point)
+
+    def matrix(self) -> Tensor:
+        """W as a differentiable (m, n) matrix; its gradient follows `gradient`."""
+        identity = torch.eye(self.V.shape[0], dtype=self.V.dtype, device=self.V.device)
+        with torch.autocast(self.V.device.type, enabled=False):
+            return lowrank_linear(identity, *self.point, gradient=self._gradient).mT
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._mark()  # copies and unpickled layers are guarded like the original
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        factors = {id(x) for p in self.point for x in (p, p.grad) if x is not None}
+
+        def keep_precision(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            lost = id(tensor) in factors and moved.dtype.itemsize < 4
+            return tensor.to(moved.device) if lost else moved
+
+        super()._apply(keep_precision, recurse)
+        self._mark()  # the parameters may be new objects
+        return self
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._mark()
+        if self._gradient == "tangent":
+            try:
+                check_orthonormal(self.point, f"load_state_dict of {prefix or 'the layer'}")
+            except ValueError as error:
+                args[-1].append(str(error))
+
+
+def check_orthonormal(point: Point, call: str) -> None:
+    """Raise ValueError, naming `call`, if U or V is not orthonormal. Reads back to the host; skips `meta`."""
+    for name, frame in (("U", point.U), ("V", point.V)):
+        if frame.is_meta:
+            continue
+        Q = frame.detach()
+        error = (Q.mT @ Q - torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)).abs().max().item()
+        if not error <= ORTHONORMAL:
+            raise ValueError(
+                f"{call} needs orthonormal columns in {name} for tangent gradients, got "
+                f"|{name}ᵀ{name} − I| = {error:.2g}; retrain or convert again from the dense weight"
+            )
+
+
+class LowRankLinear(LowRankLayer):
+    """y = x W ᵀ + bias with W = U S Vᵀ of fixed rank; a drop-in for `nn.Linear`.
+
+    Shapes: x (..., in_features) -> (..., out_features); U (m, r), S (r, r), V (n, r), bias (m), with m = out_features
+    and n = in_features.
+    Raises: ValueError if not 1 <= rank <= min(m, n).
+
+    >>> LowRankLinear(8, 4, rank=2)(torch.zeros(3, 8)).shape
+    torch.Size([3, 4])
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        bias: bool = True,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        dense = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
+        check_rank("LowRankLinear", out_features, in_features, rank)
+        super().__init__(factorize(dense.weight, rank, "orthogonal"), detached(dense.bias))
+        self.in_features, self.out_features = in_features, out_features
+        self.transposed = False
+
+    @classmethod
+    def from_weight(
+        cls, W: Tensor, bias: Tensor | None, rank: int, *, init: str = "svd", transposed: bool = False
+    ) -> "LowRankLinear":
+        """The layer of a given weight; `transposed` says that the dense module stores Wᵀ, as Hugging Face's Conv1D.
+
+        Shapes: W (m, n), bias (m).
+        """
+        layer = cls.__new__(cls)
+        LowRankLayer.__init__(layer, factorize(W, rank, init), detached(bias))
+        layer.out_features, layer.in_features = W.shape
+        layer.transposed = transposed
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return lowrank_linear(x, *self.point, self.bias, gradient=self._gradient)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight in the layout of the module that this one replaces; built anew at each reading."""
+        return self.matrix().mT if self.transposed else self.matrix()
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
+            f"bias={self.bias is not None}, gradient={self._gradient!r}"
+        )
+
+
+class LowRankConv2d(LowRankLayer):
+    """A convolution whose kernel, as an out_channels × (in_channels·kh·kw) matrix, is U S Vᵀ of fixed rank.
+
+    It runs as a convolution to r channels (Vᵀ) and a pointwise one to out_channels (U S).
+
+    Shapes: x (B, in_channels, H, W) -> (B, out_channels, H', W'); U (m, r), S (r, r), V (n, r), bias (m), with
+    m = out_channels and n = in_channels·kh·kw.
+    Raises: ValueError if not 1 <= rank <= min(m, n).
+
+    >>> LowRankConv2d(3, 8, 3, rank=4, padding=1)(torch.zeros(2, 3, 6, 6)).shape
+    torch.Size([2, 8, 6, 6])
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        rank: int,
+        bias: bool = True,
+        *,
+        init: str = "orthogonal",
+        **convolution: Any,
+    ) -> None:
+        dense = nn.Conv2d(in_channels, out_channels, kernel_size, bias=bias, **convolution)
+        self._copy_convolution(dense, rank, init)
+
+    @classmethod
+    def from_convolution(cls, dense: nn.Conv2d, rank: int, *, init: str = "svd") -> "LowRankConv2d":
+        """The layer of a given dense convolution.
+
+        Raises: ValueError for a grouped convolution, whose kernel is not one matrix.
+        """
+        layer = cls.__new__(cls)
+        layer._copy_convolution(dense, rank, init)
+        return layer
+
+    def _copy_convolution(self, dense: nn.Conv2d, rank: int, init: str) -> None:
+        if dense.groups != 1:
+            raise ValueError(
+                f"LowRankConv2d needs groups=1, got {dense.groups}; keep grouped convolutions dense"
+            )
+        super().__init__(factorize(dense.weight.flatten(1), rank, init), detached(dense.bias))
+        self.in_channels, self.out_channels = dense.in_channels, dense.out_channels
+        self.geometry = ConvGeometry.of(dense)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return lowrank_conv2d(x, *self.point, self.bias, self.geometry, gradient=self._gradient)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense kernel (out_channels, in_channels, kh, kw), built anew at each reading."""
+        kernel = self.geometry.kernel_size
+        return self.matrix().reshape(self.out_channels, self.in_channels, *kernel)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.geometry.kernel_size}, "
+            f"stride={self.geometry.stride}, rank={self.rank}, bias={self.bias is not None}, "
+            f"gradient={self._gradient!r}"
+        )
+
+
+def detached(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach().clone()

@@ -1,0 +1,37 @@
+"""Packaging: the top-level folders `kernels` and `models` ship as `lowrank_geo.kernels` and
+`lowrank_geo.models`, so that no bare `kernels` or `models` is ever claimed in a user's environment.
+"""
+
+from setuptools import find_packages, setup
+
+PEFT = ["peft>=0.19", "transformers>=5.0"]
+CLI = ["typer>=0.15", "rich>=13", "matplotlib>=3.8", "tokenizers>=0.20", "datasets>=3.0"]
+DOCS = ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.27"]
+DEV = [
+    *PEFT,
+    *CLI,
+    *DOCS,
+    "build>=1.2",
+    "hypothesis>=6.100",
+    "mypy>=1.13",
+    "pytest>=8.3",
+    "pytest-benchmark>=5.0",
+    "pytest-cov>=6.0",
+    "ruff>=0.9",
+    "scikit-learn>=1.5",
+    "scipy>=1.13",
+    "setuptools>=77",
+    "tensorboard>=2.18",
+    "wheel>=0.45",
+]
+
+setup(
+    packages=[
+        *find_packages(include=["lowrank_geo", "lowrank_geo.*"]),
+        "lowrank_geo.kernels",
+        "lowrank_geo.models",
+    ],
+    package_dir={"lowrank_geo.kernels": "kernels", "lowrank_geo.models": "models"},
+    package_data={"lowrank_geo": ["py.typed"]},
+    extras_require={"peft": PEFT, "cli": CLI, "docs": DOCS, "dev": DEV},
+)
