@@ -86,7 +86,13 @@ def kernel(V: Tensor, x: Tensor, size: list[int]) -> Tensor:
 
 @torch.library.custom_op("lowrank_geo::tangent_conv2d", mutates_args=())
 def tangent_conv2d(
-    x: Tensor, U: Tensor, S: Tensor, V: Tensor, size: list[int], stride: list[int], dilation: list[int]
+    x: Tensor,
+    U: Tensor,
+    S: Tensor,
+    V: Tensor,
+    size: list[int],
+    stride: list[int],
+    dilation: list[int],
 ) -> tuple[Tensor, Tensor]:
     """y and a = x ∗ V, the only activation kept besides x.
 
@@ -98,7 +104,13 @@ def tangent_conv2d(
 
 @tangent_conv2d.register_fake
 def _(
-    x: Tensor, U: Tensor, S: Tensor, V: Tensor, size: list[int], stride: list[int], dilation: list[int]
+    x: Tensor,
+    U: Tensor,
+    S: Tensor,
+    V: Tensor,
+    size: list[int],
+    stride: list[int],
+    dilation: list[int],
 ) -> tuple[Tensor, Tensor]:
     a = F.conv2d(x, kernel(V, x, size), None, stride, 0, dilation)
     return a.new_empty(a.shape[0], U.shape[0], *a.shape[2:]), a

@@ -16,9 +16,7 @@ def svd(W: Tensor, rank: int) -> Point:
     """
     check_rank("init.svd", *W.shape, rank)
     U, sigma, Vt = torch.linalg.svd(working_copy(W), full_matrices=False)
-    return Point(
-        U[:, :rank].contiguous(), torch.diag(sigma[:rank]), Vt[:rank].mT.contiguous()
-    )
+    return Point(U[:, :rank].contiguous(), torch.diag(sigma[:rank]), Vt[:rank].mT.contiguous())
 
 
 def spectral(W: Tensor, rank: int) -> Point:

@@ -1,5 +1,6 @@
 """Layers whose weight is a point W = U S Vᵀ, kept as three plain parameters U, S, V."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -98,7 +99,9 @@ def check_orthonormal(point: Point, call: str) -> None:
         if frame.is_meta:
             continue
         Q = frame.detach()
-        error = (Q.mT @ Q - torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)).abs().max().item()
+        error = (
+            (Q.mT @ Q - torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)).abs().max().item()
+        )
         if not error <= ORTHONORMAL:
             raise ValueError(
                 f"{call} needs orthonormal columns in {name} for tangent gradients, got "
@@ -135,7 +138,13 @@ class LowRankLinear(LowRankLayer):
 
     @classmethod
     def from_weight(
-        cls, W: Tensor, bias: Tensor | None, rank: int, *, init: str = "svd", transposed: bool = False
+        cls,
+        W: Tensor,
+        bias: Tensor | None,
+        rank: int,
+        *,
+        init: str = "svd",
+        transposed: bool = False,
     ) -> "LowRankLinear":
         """The layer of a given weight; `transposed` says that the dense module stores Wᵀ, as Hugging Face's Conv1D.
 
@@ -223,6 +232,13 @@ class LowRankConv2d(LowRankLayer):
             f"stride={self.geometry.stride}, rank={self.rank}, bias={self.bias is not None}, "
             f"gradient={self._gradient!r}"
         )
+
+
+def lowrank_layers(module: nn.Module) -> Iterator[tuple[str, LowRankLayer]]:
+    """The low-rank layers of a model with their names; a shared layer appears once, under its first name."""
+    for name, layer in module.named_modules():
+        if isinstance(layer, LowRankLayer):
+            yield name, layer
 
 
 def detached(tensor: Tensor | None) -> Tensor | None:

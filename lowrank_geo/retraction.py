@@ -21,7 +21,9 @@ def svd(point: Point, xi: Tangent) -> Point:
     """
     U, S, V = point
     r = S.shape[-1]
-    A, R_u = torch.linalg.qr(torch.cat([U, xi.Up], -1))  # W + ξ = [U Up] [[S + M, I], [I, 0]] [V Vp]ᵀ
+    A, R_u = torch.linalg.qr(
+        torch.cat([U, xi.Up], -1)
+    )  # W + ξ = [U Up] [[S + M, I], [I, 0]] [V Vp]ᵀ
     B, R_v = torch.linalg.qr(torch.cat([V, xi.Vp], -1))
     identity = torch.eye(r, dtype=S.dtype, device=S.device).expand_as(S)
     core = torch.cat(
