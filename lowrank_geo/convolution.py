@@ -1,10 +1,11 @@
-"""Convolution with a kernel of fixed rank: `lowrank_linear` on every window of the image, without unfolding it.
+"""Convolution with a kernel of fixed rank: `lowrank_linear` on every window of the image, without
+unfolding it.
 
-The kernel, as an out_channels × (in_channels·kh·kw) matrix, is U S Vᵀ. Gradients have the two meanings of
-`lowrank_geo.functional`.
+The kernel, as an out_channels × (in_channels·kh·kw) matrix, is U S Vᵀ. Gradients have the two
+meanings of `lowrank_geo.functional`.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,11 +28,13 @@ class ConvGeometry(NamedTuple):
         """The windows of a `torch.nn.Conv2d`."""
         left, right, top, bottom = dense._reversed_padding_repeated_twice
         mode = "constant" if dense.padding_mode == "zeros" else dense.padding_mode
-        pair = tuple[int, int]
         return cls(
-            pair(dense.kernel_size), pair(dense.stride), pair(dense.dilation),
-            (left, right, top, bottom), mode,
-        )  # fmt: skip
+            (dense.kernel_size[0], dense.kernel_size[1]),
+            (dense.stride[0], dense.stride[1]),
+            (dense.dilation[0], dense.dilation[1]),
+            (left, right, top, bottom),
+            mode,
+        )
 
 
 def lowrank_conv2d(
@@ -44,9 +47,11 @@ def lowrank_conv2d(
     *,
     gradient: Gradient = "factors",
 ) -> Tensor:
-    """Convolution of x with the kernel U S Vᵀ, in the dtype of x (or of autocast); the kernel is never formed.
+    """Convolution of x with the kernel U S Vᵀ, in the dtype of x (or of autocast); the kernel is
+    never formed.
 
-    Shapes: x (B, c, H, W) or (c, H, W), U (m, r), S (r, r), V (c·kh·kw, r), bias (m) -> (B, m, H', W').
+    Shapes: x (B, c, H, W) or (c, H, W), U (m, r), S (r, r), V (c·kh·kw, r), bias (m) -> (B, m,
+        H', W').
     Raises: ValueError if the channels of x do not fit V, or for an unknown `gradient`.
     """
     kh, kw = geometry.kernel_size
@@ -130,7 +135,8 @@ def tangent_conv2d_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """∂L/∂x and the tangent coordinates of the Riemannian gradient, gauged in the dtype of U.
 
-    Shapes: g = ∂L/∂y (B, m, H', W'), x (B, c, H, W), a (B, r, H', W') -> dx, Up (m, r), M (r, r), Vp (n, r).
+    Shapes: g = ∂L/∂y (B, m, H', W'), x (B, c, H, W), a (B, r, H', W') -> dx, Up (m, r), M (r, r),
+        Vp (n, r).
     """
     frame = U.to(g.dtype)
     b = F.conv2d(g, frame.mT[..., None, None])  # (B, r, H', W')
@@ -156,13 +162,13 @@ def _(
     return torch.empty_like(x), torch.empty_like(U), torch.empty_like(S), torch.empty_like(V)
 
 
-def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:
+def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
     x, U, S, V, *ctx.window = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(x, output[1], U, S, V)
 
 
-def _backward(ctx: torch.autograd.function.FunctionCtx, g: Tensor, _: Tensor) -> tuple:
+def _backward(ctx: Any, g: Tensor, _: Tensor) -> tuple:
     x, a, U, S, V = ctx.saved_tensors
     grads = tangent_conv2d_backward(g.contiguous(), x, a, U, S, V, *ctx.window)
     return (*grads, None, None, None)

@@ -1,12 +1,13 @@
 """y = x (U S Vᵀ)ᵀ + bias, with one of two meanings of the gradients of U, S, V.
 
-`factors`: the ordinary partial derivatives, by autograd. `tangent`: the coordinates (Up, M, Vp) of the Riemannian
-gradient P_T(∂L/∂W), from x and a = x V alone; S is never inverted. With G = ∂L/∂W (never formed) and b = (∂L/∂y) U:
+`factors`: the ordinary partial derivatives, by autograd. `tangent`: the coordinates (Up, M, Vp)
+of the Riemannian gradient P_T(∂L/∂W), from x and a = x V alone; S is never inverted. With G =
+∂L/∂W (never formed) and b = (∂L/∂y) U:
 
     G V = (∂L/∂y)ᵀ a      Gᵀ U = xᵀ b      M = UᵀG V = bᵀ a      ∂L/∂x = (b S) Vᵀ
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -102,7 +103,7 @@ def _(
     return torch.empty_like(x), torch.empty_like(U), torch.empty_like(S), torch.empty_like(V)
 
 
-def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:
+def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
     x, U, S, V = inputs
     _, a = output
     ctx.mark_non_differentiable(a)
@@ -110,12 +111,12 @@ def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple
     ctx.save_for_backward(x, a, U, S, V)
 
 
-def _backward(ctx: torch.autograd.function.FunctionCtx, g: Tensor, _: Tensor) -> tuple:
+def _backward(ctx: Any, g: Tensor, _: Tensor) -> tuple:
     x, a, U, S, V = ctx.saved_tensors
     return tangent_linear_backward(g, x, a, U, S, V)
 
 
-def refuse_double_backward(ctx: torch.autograd.function.FunctionCtx, *_: Tensor) -> tuple:
+def refuse_double_backward(ctx: Any, *_: Tensor) -> tuple:
     raise RuntimeError(
         "lowrank_linear needs gradient='factors' for second derivatives, got 'tangent'; "
         "set layer.gradient = 'factors' before the forward pass"

@@ -1,8 +1,9 @@
-"""The manifold of m×n matrices of rank r with its embedded metric: points, tangent vectors, projections.
+"""The manifold of m×n matrices of rank r with its embedded metric: points, tangent vectors,
+projections.
 
-A point is W = U S Vᵀ, with orthonormal U (m, r), V (n, r) and a full, not diagonal, S (r, r). A tangent vector is
-ξ = U M Vᵀ + Up Vᵀ + U Vpᵀ with UᵀUp = 0 and VᵀVp = 0 (the gauge). Every function takes leading batch
-dimensions; S is never inverted, so it may be singular or zero.
+A point is W = U S Vᵀ, with orthonormal U (m, r), V (n, r) and a full, not diagonal, S (r, r). A
+tangent vector is ξ = U M Vᵀ + Up Vᵀ + U Vpᵀ with UᵀUp = 0 and VᵀVp = 0 (the gauge). Every
+function takes leading batch dimensions; S is never inverted, so it may be singular or zero.
 """
 
 from typing import NamedTuple
@@ -52,10 +53,12 @@ def embed(point: Point, xi: Tangent) -> Tensor:
 def project(point: Point, Z: Tensor) -> Tangent:
     """Nearest tangent vector at `point` to the ambient matrix `Z`, in the Frobenius norm.
 
-    Shapes: U (..., m, r), V (..., n, r), Z (..., m, n) -> Up (..., m, r), M (..., r, r), Vp (..., n, r).
+    Shapes: U (..., m, r), V (..., n, r), Z (..., m, n) -> Up (..., m, r), M (..., r, r), Vp (...,
+        n, r).
     Error:  |UᵀUp| and |VᵀVp| stay below about r·eps(dtype)·|Z|.
     Raises: ValueError if Z does not have the shape of W.
-    Source: Vandereycken, Low-rank matrix completion by Riemannian optimization, SIAM J. Optim. 23(2), 2013.
+    Source: Vandereycken, Low-rank matrix completion by Riemannian optimization, SIAM J. Optim.
+        23(2), 2013.
     """
     U, _, V = point
     shape = (*torch.broadcast_shapes(U.shape[:-2], V.shape[:-2]), U.shape[-2], V.shape[-2])
@@ -102,7 +105,8 @@ def norm(xi: Tangent) -> Tensor:
 
 
 def transport(point: Point, xi: Tangent, to: Point) -> Tangent:
-    """The projection of `xi`, a tangent at `point`, to the tangent space at `to`: O((m+n)r²), never dense.
+    """The projection of `xi`, a tangent at `point`, to the tangent space at `to`: O((m+n)r²),
+    never dense.
 
     A contraction: |Tξ| ≤ |ξ|, with equality only where the two tangent spaces agree on ξ.
 

@@ -1,4 +1,6 @@
-"""Parameters whose `.grad` holds tangent coordinates, and the refusal of optimizers that would misread it."""
+"""Parameters whose `.grad` holds tangent coordinates, and the refusal of optimizers that would
+misread it.
+"""
 
 from collections.abc import Iterable
 from typing import Any

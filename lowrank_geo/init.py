@@ -14,13 +14,15 @@ def svd(W: Tensor, rank: int) -> Point:
     Shapes: W (m, n) -> `Point`, S diagonal and descending.
     Raises: ValueError if not 1 <= rank <= min(m, n).
     """
-    check_rank("init.svd", *W.shape, rank)
+    m, n = W.shape
+    check_rank("init.svd", m, n, rank)
     U, sigma, Vt = torch.linalg.svd(working_copy(W), full_matrices=False)
     return Point(U[:, :rank].contiguous(), torch.diag(sigma[:rank]), Vt[:rank].mT.contiguous())
 
 
 def spectral(W: Tensor, rank: int) -> Point:
-    """Truncated SVD of W rescaled to keep |W|_F, so that activations keep their variance; to train from scratch.
+    """Truncated SVD of W rescaled to keep |W|_F, so that activations keep their variance; to
+    train from scratch.
 
     Shapes: W (m, n) -> `Point`.
     Source: Khodak et al., Initialization and regularization of factorized neural layers, ICLR 2021.
@@ -31,13 +33,15 @@ def spectral(W: Tensor, rank: int) -> Point:
 
 
 def orthogonal(W: Tensor, rank: int) -> Point:
-    """Random frames and S = s·I with the Frobenius norm of W: a flat spectrum; to train from scratch.
+    """Random frames and S = s·I with the Frobenius norm of W: a flat spectrum; to train from
+    scratch.
 
     Shapes: W (m, n) -> `Point`.
     """
-    check_rank("init.orthogonal", *W.shape, rank)
+    m, n = W.shape
+    check_rank("init.orthogonal", m, n, rank)
     W = working_copy(W)
-    U, S, V = random(*W.shape, rank, dtype=W.dtype, device=W.device)
+    U, S, V = random(m, n, rank, dtype=W.dtype, device=W.device)
     scale = torch.linalg.matrix_norm(W) / rank**0.5
     return Point(U, torch.eye(rank, dtype=S.dtype, device=S.device) * scale, V)
 
@@ -69,8 +73,9 @@ def factorize(W: Tensor, rank: int, init: str) -> Point:
             f"factorize needs init out of {', '.join(INITS)}, got {init!r}; use one of them"
         )
     if W.is_meta:
-        check_rank("factorize", *W.shape, rank)
         m, n = W.shape
-        kind = dict(device="meta", dtype=torch.promote_types(W.dtype, torch.float32))
-        return Point(*(torch.empty(*s, **kind) for s in ((m, rank), (rank, rank), (n, rank))))
+        check_rank("factorize", m, n, rank)
+        dtype = torch.promote_types(W.dtype, torch.float32)
+        shapes = ((m, rank), (rank, rank), (n, rank))
+        return Point(*(torch.empty(shape, device="meta", dtype=dtype) for shape in shapes))
     return INITS[init](W, rank)

@@ -16,7 +16,8 @@ ORTHONORMAL = 1e-3  # largest |UᵀU − I| of a frame that tangent gradients ac
 
 
 class LowRankLayer(nn.Module):
-    """What `LowRankLinear` and `LowRankConv2d` share: the factors, their precision and the meaning of `.grad`.
+    """What `LowRankLinear` and `LowRankConv2d` share: the factors, their precision and the
+    meaning of `.grad`.
 
     U, S, V are float32 or better whatever the model's dtype; the forward pass casts them.
     """
@@ -44,7 +45,9 @@ class LowRankLayer(nn.Module):
 
     @property
     def gradient(self) -> Gradient:
-        """What backward writes to `.grad`: partial derivatives ("factors") or tangent coordinates ("tangent")."""
+        """What backward writes to `.grad`: partial derivatives ("factors") or tangent coordinates
+        ("tangent").
+        """
         return self._gradient
 
     @gradient.setter
@@ -94,7 +97,9 @@ class LowRankLayer(nn.Module):
 
 
 def check_orthonormal(point: Point, call: str) -> None:
-    """Raise ValueError, naming `call`, if U or V is not orthonormal. Reads back to the host; skips `meta`."""
+    """Raise ValueError, naming `call`, if U or V is not orthonormal. Reads back to the host;
+    skips `meta`.
+    """
     for name, frame in (("U", point.U), ("V", point.V)):
         if frame.is_meta:
             continue
@@ -112,8 +117,8 @@ def check_orthonormal(point: Point, call: str) -> None:
 class LowRankLinear(LowRankLayer):
     """y = x W ᵀ + bias with W = U S Vᵀ of fixed rank; a drop-in for `nn.Linear`.
 
-    Shapes: x (..., in_features) -> (..., out_features); U (m, r), S (r, r), V (n, r), bias (m), with m = out_features
-    and n = in_features.
+    Shapes: x (..., in_features) -> (..., out_features); U (m, r), S (r, r), V (n, r), bias (m),
+        with m = out_features and n = in_features.
     Raises: ValueError if not 1 <= rank <= min(m, n).
 
     >>> LowRankLinear(8, 4, rank=2)(torch.zeros(3, 8)).shape
@@ -146,7 +151,8 @@ class LowRankLinear(LowRankLayer):
         init: str = "svd",
         transposed: bool = False,
     ) -> "LowRankLinear":
-        """The layer of a given weight; `transposed` says that the dense module stores Wᵀ, as Hugging Face's Conv1D.
+        """The layer of a given weight; `transposed` says that the dense module stores Wᵀ, as
+        Hugging Face's Conv1D.
 
         Shapes: W (m, n), bias (m).
         """
@@ -161,7 +167,9 @@ class LowRankLinear(LowRankLayer):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight in the layout of the module that this one replaces; built anew at each reading."""
+        """The dense weight in the layout of the module that this one replaces; built anew at each
+        reading.
+        """
         return self.matrix().mT if self.transposed else self.matrix()
 
     def extra_repr(self) -> str:
@@ -172,12 +180,13 @@ class LowRankLinear(LowRankLayer):
 
 
 class LowRankConv2d(LowRankLayer):
-    """A convolution whose kernel, as an out_channels × (in_channels·kh·kw) matrix, is U S Vᵀ of fixed rank.
+    """A convolution whose kernel, as an out_channels × (in_channels·kh·kw) matrix, is U S Vᵀ of
+    fixed rank.
 
     It runs as a convolution to r channels (Vᵀ) and a pointwise one to out_channels (U S).
 
-    Shapes: x (B, in_channels, H, W) -> (B, out_channels, H', W'); U (m, r), S (r, r), V (n, r), bias (m), with
-    m = out_channels and n = in_channels·kh·kw.
+    Shapes: x (B, in_channels, H, W) -> (B, out_channels, H', W'); U (m, r), S (r, r), V (n, r),
+        bias (m), with m = out_channels and n = in_channels·kh·kw.
     Raises: ValueError if not 1 <= rank <= min(m, n).
 
     >>> LowRankConv2d(3, 8, 3, rank=4, padding=1)(torch.zeros(2, 3, 6, 6)).shape
@@ -235,7 +244,9 @@ class LowRankConv2d(LowRankLayer):
 
 
 def lowrank_layers(module: nn.Module) -> Iterator[tuple[str, LowRankLayer]]:
-    """The low-rank layers of a model with their names; a shared layer appears once, under its first name."""
+    """The low-rank layers of a model with their names; a shared layer appears once, under its
+    first name.
+    """
     for name, layer in module.named_modules():
         if isinstance(layer, LowRankLayer):
             yield name, layer

@@ -1,7 +1,8 @@
-"""Orthonormal columns from matrix products and r×r Cholesky factors only, batched and without a host sync.
+"""Orthonormal columns from matrix products and r×r Cholesky factors only, batched and without a
+host sync.
 
-`torch.linalg.qr` on CUDA is serial in the batch; batched Cholesky and matrix products are not. Everything here
-works on (..., m, r) with m >= r and costs a few tall products; the rest is r×r.
+`torch.linalg.qr` on CUDA is serial in the batch; batched Cholesky and matrix products are not.
+Everything here works on (..., m, r) with m >= r and costs a few tall products; the rest is r×r.
 """
 
 import torch
@@ -16,8 +17,8 @@ def symmetric(A: Tensor) -> Tensor:
 def orthonormalize(K: Tensor, U: Tensor) -> Tensor:
     """Orthonormal basis of span(K), completed with directions of U where K is rank deficient.
 
-    Shifted Cholesky QR with Grams in float64. K is first moved by a few rounding errors towards U, which bounds its
-    condition number: K = 0 gives U back, a singular K keeps its range.
+    Shifted Cholesky QR with Grams in float64. K is first moved by a few rounding errors towards
+    U, which bounds its condition number: K = 0 gives U back, a singular K keeps its range.
 
     Shapes: K, U (..., m, r), UᵀU = I -> (..., m, r).
     Error:  |QᵀQ − I|_max below 1e-6 in float32 and 1e-14 in float64, for every K.
@@ -41,7 +42,8 @@ def inverse_sqrt(A: Tensor, bound: Tensor, *, iterations: int = 5) -> Tensor:
     """A^(−½) for symmetric A with eigenvalues in [1, 1 + bound], by coupled Newton–Schulz.
 
     Shapes: A (..., r, r), bound (..., 1, 1) -> (..., r, r).
-    Error:  below 10·eps for bound <= 1 with 5 iterations; the error e = bound/(2 + bound) is squared by each one.
+    Error:  below 10·eps for bound <= 1 with 5 iterations; the error e = bound/(2 + bound) is
+        squared by each one.
     Source: Higham, Functions of Matrices, 2008, section 6.7.
     """
     scale = 2 / (2 + bound)
@@ -62,12 +64,15 @@ def gram_bound(D: Tensor) -> Tensor:
 
 
 def polar_update(U: Tensor, D: Tensor) -> Tensor:
-    """The orthogonal polar factor of U + D: the orthonormal frame nearest to it, without needless rotation.
+    """The orthogonal polar factor of U + D: the orthonormal frame nearest to it, without needless
+    rotation.
 
-    Steps with |D|₂ > 1 (more than 45°) are shortened to 1, where five Newton–Schulz iterations reach rounding.
+    Steps with |D|₂ > 1 (more than 45°) are shortened to 1, where five Newton–Schulz iterations
+    reach rounding.
 
     Shapes: U, D (..., m, r) with UᵀU = I and UᵀD = 0 -> (..., m, r).
-    Error:  |QᵀQ − I|_max below 1e-6 in float32, whatever the number of steps taken: each one repairs the last.
+    Error:  |QᵀQ − I|_max below 1e-6 in float32, whatever the number of steps taken: each one
+        repairs the last.
     """
     bound = gram_bound(D)
     D = D * bound.clamp(min=1).rsqrt()
@@ -91,12 +96,15 @@ DAMPING = 1e-3
 
 
 def msign(X: Tensor, *, damping: float = DAMPING) -> Tensor:
-    """X (XᵀX + ε²I)^(−½): X with its singular values σ replaced by about σ/√(σ² + ε²), ε = damping·|X|_F.
+    """X (XᵀX + ε²I)^(−½): X with its singular values σ replaced by about σ/√(σ² + ε²), ε =
+    damping·|X|_F.
 
-    All iterations are on the Gram of the short side; the long side is touched by one product in, one out.
+    All iterations are on the Gram of the short side; the long side is touched by one product in,
+    one out.
 
     Shapes: X (..., m, r), tall or wide -> (..., m, r).
-    Error:  singular values within 2e-3 of the formula for damping 1e-3; msign(0) = 0; finite for every finite X.
+    Error:  singular values within 2e-3 of the formula for damping 1e-3; msign(0) = 0; finite for
+        every finite X.
     Source: Amsel et al., The Polar Express, arXiv 2505.16932, 2025.
     """
     if X.shape[-2] < X.shape[-1]:

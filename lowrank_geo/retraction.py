@@ -1,7 +1,8 @@
 """Retractions: from a point and a tangent step back to the manifold.
 
-All three of the embedded metric are second order, R(tξ) = W + tξ + O(t²) normal to the tangent space + O(t³), need no
-inverse of S and take batch dimensions. `polar` is the retraction of the product metric.
+All three of the embedded metric are second order, R(tξ) = W + tξ + O(t²) normal to the tangent
+space + O(t³), need no inverse of S and take batch dimensions. `polar` is the retraction of the
+product metric.
 """
 
 from collections.abc import Callable
@@ -34,7 +35,8 @@ def svd(point: Point, xi: Tangent) -> Point:
 
 
 def orthographic(point: Point, xi: Tangent) -> Point:
-    """Galerkin form of the orthographic retraction: W + ξ projected to the ranges of K = (W+ξ)V and L = (W+ξ)ᵀU.
+    """Galerkin form of the orthographic retraction: W + ξ projected to the ranges of K = (W+ξ)V
+    and L = (W+ξ)ᵀU.
 
     One fixed-rank BUG step without an SVD. Its tangent part is W + ξ up to O(t⁴) where σ_r(S) > 0.
 
@@ -69,8 +71,8 @@ def splitting(point: Point, xi: Tangent) -> Point:
 def polar(point: Point, step: Tangent) -> Point:
     """Retraction of the product metric: U ← polar(U + ΔU), S ← S + ΔS, V ← polar(V + ΔV).
 
-    The frames rotate as little as possible, so optimizer state needs only a projection afterwards. Rotations of more
-    than 45° are cut to 45°.
+    The frames rotate as little as possible, so optimizer state needs only a projection
+    afterwards. Rotations of more than 45° are cut to 45°.
 
     Shapes: as `Point`, with the step (ΔU, ΔS, ΔV) in a `Tangent` -> `Point`.
     """

@@ -1,0 +1,141 @@
+"""Which parameters belong together: (U, S, V) triples, dense matrices, and the rest."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_geo.geometry import Point
+from lowrank_geo.layers import check_orthonormal, lowrank_layers
+
+GEOMETRIES = ("fixed_rank", "matrix", "euclidean")
+
+
+def param_groups(
+    model: nn.Module,
+    *,
+    lr: float | Tensor | None = None,
+    euclidean_lr: float | Tensor | None = None,
+    weight_decay: float | None = None,
+    dense: tuple[str, ...] = ("lm_head", "embed"),
+) -> list[dict[str, Any]]:
+    """Parameter groups for an optimizer of `lowrank_geo.optim`; switches low-rank layers to
+    gradient="tangent".
+
+    Four groups, empty ones left out: the triples of the low-rank layers, the remaining weight
+    matrices of linear layers and convolutions (spectral optimizers treat them as matrices), other
+    parameters with two or more dimensions, and vectors, which are never decayed. Frozen layers
+    are left out and keep gradient="factors".
+
+    Args: lr, euclidean_lr: of the triples, of everything else; None for the default of the
+        optimizer. dense: parts of module names that hold embeddings or output heads, never
+        treated as matrices.
+    Raises: ValueError if a triple is only partly frozen or its U or V is not orthonormal.
+    """
+    layers = dict(lowrank_layers(model))
+    trained = {name: layer for name, layer in layers.items() if trains(name, layer.point)}
+    for layer in trained.values():
+        layer.gradient = "tangent"
+    triples = [p for layer in trained.values() for p in layer.point]
+    factors = {id(p) for layer in layers.values() for p in layer.point}
+    matrices = {
+        id(module.weight)
+        for name, module in model.named_modules()
+        if is_matrix(module) and not any(part in name for part in dense)
+    }
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in factors]
+    matrix = [p for p in rest if id(p) in matrices]
+    others = [p for p in rest if id(p) not in matrices]
+    fixed_rank: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
+    euclidean: dict[str, Any] = {"lr": euclidean_lr, "weight_decay": weight_decay}
+    vectors = {**euclidean, "weight_decay": 0.0}
+    groups: list[dict[str, Any]] = [
+        {"params": triples, "geometry": "fixed_rank", "layers": list(trained), **fixed_rank},
+        {"params": matrix, "geometry": "matrix", **euclidean},
+        {"params": [p for p in others if p.dim() > 1], "geometry": "euclidean", **euclidean},
+        {"params": [p for p in others if p.dim() < 2], "geometry": "euclidean", **vectors},
+    ]
+    return [
+        {key: value for key, value in group.items() if value is not None}
+        for group in groups
+        if group["params"]
+    ]
+
+
+def is_matrix(module: nn.Module) -> bool:
+    """Whether the module's weight acts as one matrix: linear layers and ungrouped convolutions."""
+    if type(module).__name__ == "Conv1D":  # Hugging Face's transposed linear layer
+        return True
+    return isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
+
+
+def trains(name: str, point: Point) -> bool:
+    """Whether a triple is trained.
+
+    Raises: ValueError if only some of its factors are.
+    """
+    flags = [p.requires_grad for p in point]
+    if any(flags) and not all(flags):
+        frozen = [n for n, flag in zip("USV", flags, strict=True) if not flag]
+        raise ValueError(
+            f"param_groups needs U, S, V of {name!r} all trained or all frozen, got {', '.join(frozen)} "
+            "frozen; freeze or train the whole layer"
+        )
+    return all(flags)
+
+
+def triples(group: dict[str, Any]) -> list[Point]:
+    """The (U, S, V) of a fixed-rank group, three consecutive parameters each.
+
+    Raises: ValueError if they do not fit together or are not orthonormal.
+    """
+    params = group["params"]
+    if len(params) % 3:
+        raise ValueError(
+            f"a fixed_rank group needs whole triples U, S, V, got {len(params)} parameters; "
+            "keep the three factors of a layer in one group, as lowrank_geo.param_groups does"
+        )
+    points = [Point(*params[i : i + 3]) for i in range(0, len(params), 3)]
+    for index, point in enumerate(points):
+        shapes = [tuple(p.shape) for p in point]
+        r = point.S.shape[-1]
+        if (
+            any(len(s) != 2 for s in shapes)
+            or [s[1] for s in shapes] != [r, r, r]
+            or shapes[1][0] != r
+        ):
+            raise ValueError(
+                f"a fixed_rank group needs U (m, r), S (r, r), V (n, r), got {shapes} at position "
+                f"{3 * index}; pass the factors of each layer in this order"
+            )
+        check_orthonormal(point, "a fixed_rank group")
+    return points
+
+
+def check_gradient(parameter: Tensor) -> Tensor:
+    """The gradient of a parameter.
+
+    Raises: RuntimeError if it is sparse or complex.
+    """
+    gradient = parameter.grad
+    assert gradient is not None
+    if gradient.is_sparse or gradient.dtype.is_complex:
+        kind = "sparse" if gradient.is_sparse else "complex"
+        raise RuntimeError(
+            f"optimizers of lowrank_geo.optim need dense real gradients, got a {kind} one of shape "
+            f"{tuple(parameter.shape)}; use nn.Embedding(sparse=False) or another optimizer"
+        )
+    return gradient
+
+
+def counts(lr: float | Tensor, gradients: list[Tensor]) -> list[Tensor] | None:
+    """Whether each step counts, as 0-d tensors; None if all do. Only lr = 0 with a zero gradient
+    does not.
+
+    A step with lr = 0 and no gradient is how torch.distributed.checkpoint makes an optimizer
+    create its state.
+    """
+    if not isinstance(lr, Tensor) and lr != 0:
+        return None
+    active = [(g != 0).any() for g in gradients]
+    return [torch.logical_or(a, lr != 0) for a in active] if isinstance(lr, Tensor) else active

@@ -1,0 +1,100 @@
+"""Riemannian Muon: spectral directions on the manifold, Muon for dense matrices, Adam for the
+rest.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+from lowrank_geo.optim import euclidean
+from lowrank_geo.optim.base import RiemannianOptimizer, check_betas
+from lowrank_geo.optim.directions import EmbeddedSpectral, ProductSpectral
+from lowrank_geo.optim.filters import EMA, Filter, NesterovEMA
+from lowrank_geo.optim.metrics import metric_named
+from lowrank_geo.optim.step import Rule
+
+
+class RiemannianMuon(RiemannianOptimizer):
+    """Steepest descent in the spectral norm on the manifold.
+
+    In the product metric, the default, U and V turn and S moves by the polar factors of their
+    momenta, each with its own scale. In the embedded metric the whole momentum is replaced by its
+    polar factor and projected. Groups of geometry "matrix" get Muon with torch's match_rms_adamw
+    scale, the others Adam with tied betas.
+
+    Units: at lr 1 the product metric moves |ΔU|₂ = rotation·√m, |ΔV|₂ = rotation·√n, |ΔS|₂ =
+        spectrum; the embedded one |ΔW|₂ = scale·√max(m, n), the scale of dense matrices, too.
+    Raises: ValueError for a momentum or betas out of [0, 1), a negative lr or scale, an unknown
+        metric.
+    Source: Jordan et al., Muon, 2024; Orvieto & Gower, arXiv 2505.21829 (tied betas).
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 5e-3,
+        *,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        weight_decay: float = 0.0,
+        euclidean_lr: float | Tensor = 2e-3,
+        betas: tuple[float, float] = (0.95, 0.95),
+        eps: float = 1e-8,
+        metric: str = "product",
+        retraction: str = "orthographic",
+        rotation: float = 0.144,
+        spectrum: float = 0.7,
+        scale: float = 0.2,
+    ) -> None:
+        check_betas(betas)
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum needs to be in [0, 1), got {momentum}; pass e.g. 0.95")
+        for name, value in (("rotation", rotation), ("spectrum", spectrum), ("scale", scale)):
+            if not value >= 0:
+                raise ValueError(f"{name} needs to be >= 0, got {value}; leave it at its default")
+        defaults = dict(
+            lr=lr,
+            momentum=momentum,
+            nesterov=nesterov,
+            weight_decay=weight_decay,
+            betas=tuple(betas),
+            eps=eps,
+            metric=metric,
+            retraction=retraction,
+            rotation=rotation,
+            spectrum=spectrum,
+            scale=scale,
+        )
+        super().__init__(params, defaults, euclidean_lr=euclidean_lr)
+
+    def rule(self, group: dict[str, Any]) -> Rule:
+        metric = metric_named(group["metric"], group["retraction"])
+        if metric.name == "product":
+            direction = ProductSpectral(group["rotation"], group["spectrum"])
+            return Rule(metric, self._filter(group), direction)
+        return Rule(metric, self._filter(group), EmbeddedSpectral(group["scale"]))
+
+    def _filter(self, group: dict[str, Any]) -> Filter:
+        return (NesterovEMA if group["nesterov"] else EMA)(group["momentum"])
+
+    def euclidean_slots(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return ("momentum",) if group["geometry"] == "matrix" else ("momentum", "variance")
+
+    def euclidean_directions(
+        self, group: dict[str, Any], grads: list[Tensor], states: list[dict[str, Tensor]]
+    ) -> list[Tensor]:
+        momenta = [s["momentum"] for s in states]
+        if group["geometry"] == "matrix":
+            how = self._filter(group).coefficients(states[0]["step"])
+            return euclidean.muon_directions(
+                euclidean.filtered(grads, momenta, how), group["scale"]
+            )
+        return euclidean.adam_directions(
+            grads,
+            momenta,
+            [s["variance"] for s in states],
+            [s["step"].clamp(min=1) for s in states],
+            betas=group["betas"],
+            eps=group["eps"],
+        )
