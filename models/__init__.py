@@ -1,1 +1,25 @@
-"""Model zoo."""
+"""Models to train in low rank: plain modules of `nn.Linear` and `nn.Conv2d`, made low-rank by `convert`."""
+
+from lowrank_geo.models.cache import Cache
+from lowrank_geo.models.decoder import Decoder, DecoderConfig
+from lowrank_geo.models.mlp import MLP
+from lowrank_geo.models.presets import DECODERS, decoder
+from lowrank_geo.models.resnet import ResNet
+from lowrank_geo.models.vgg import VGG, VGGConfig, vgg11, vgg16
+from lowrank_geo.models.vit import ViT, ViTConfig
+
+__all__ = [
+    "DECODERS",
+    "MLP",
+    "VGG",
+    "Cache",
+    "Decoder",
+    "DecoderConfig",
+    "ResNet",
+    "VGGConfig",
+    "ViT",
+    "ViTConfig",
+    "decoder",
+    "vgg11",
+    "vgg16",
+]
