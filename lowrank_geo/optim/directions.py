@@ -4,12 +4,14 @@ A direction is called with the output of the filter and returns a tangent of uni
 together with its own state. Each is invariant to the gauge (U, S, V) → (UQ, QᵀSP, VP).
 """
 
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from lowrank_geo.geometry import Point, Tangent
+from lowrank_geo.optim.euclidean import unbias
 from lowrank_geo.orthonormal import msign
 
 Slots = dict[str, Tangent]  # state by name: one tensor beside each of U, S, V
@@ -34,7 +36,8 @@ class Direction(Protocol):
     def __call__(self, signal: Signal, slots: Slots) -> tuple[Tangent, Slots]: ...
 
 
-class Identity(NamedTuple):
+@dataclass(frozen=True)
+class Identity:
     """Steepest descent: the filtered gradient itself."""
 
     def slots(self, point: Point) -> Slots:
@@ -44,7 +47,8 @@ class Identity(NamedTuple):
         return signal.output, slots
 
 
-class RowVariance(NamedTuple):
+@dataclass(frozen=True)
+class RowVariance:
     """Adam with one second moment per row of Up and of Vp and one for M: mean squares, so r = 1
     is element-wise.
 
@@ -92,11 +96,13 @@ class RowVariance(NamedTuple):
         else:
             variance = beta2 * variance + (1 - beta2) * gradient.square().mean(over)
             second = variance
-        scale = 1 / (1 - beta1**t) / ((second / (1 - beta2**t)).sqrt() + self.eps)
+        second = second / unbias(beta2, t).to(second.dtype)
+        scale = 1 / (unbias(beta1, t).to(second.dtype) * (second.sqrt() + self.eps))
         return mean * scale.reshape(*scale.shape, *(1,) * len(over)), variance
 
 
-class ProductSpectral(NamedTuple):
+@dataclass(frozen=True)
+class ProductSpectral:
     """Muon in the product metric: msign of the two rotations and of the core, each with its own
     scale.
 
@@ -119,7 +125,8 @@ class ProductSpectral(NamedTuple):
         ), slots
 
 
-class EmbeddedSpectral(NamedTuple):
+@dataclass(frozen=True)
+class EmbeddedSpectral:
     """Muon in the embedded metric: the projection to the tangent space of msign of the embedded
     momentum.
 

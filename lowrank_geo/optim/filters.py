@@ -1,5 +1,6 @@
 """Momentum as a filter of the gradients: m ← u m + v g, and the direction starts from a g + b m."""
 
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -22,7 +23,8 @@ class Filter(Protocol):
         ...
 
 
-class HeavyBall(NamedTuple):
+@dataclass(frozen=True)
+class HeavyBall:
     """m ← β m + g, as torch.optim.SGD(momentum=β). β = 0 is no momentum."""
 
     beta: float = 0.9
@@ -31,7 +33,8 @@ class HeavyBall(NamedTuple):
         return Coefficients(self.beta, 1.0, 0.0, 1.0)
 
 
-class Nesterov(NamedTuple):
+@dataclass(frozen=True)
+class Nesterov:
     """m ← β m + g with output g + β m, as torch.optim.SGD(momentum=β, nesterov=True)."""
 
     beta: float = 0.9
@@ -40,7 +43,8 @@ class Nesterov(NamedTuple):
         return Coefficients(self.beta, 1.0, 1.0, self.beta)
 
 
-class EMA(NamedTuple):
+@dataclass(frozen=True)
+class EMA:
     """m ← β m + (1 − β) g, the first moment of Adam."""
 
     beta: float = 0.95
@@ -49,7 +53,8 @@ class EMA(NamedTuple):
         return Coefficients(self.beta, 1 - self.beta, 0.0, 1.0)
 
 
-class NesterovEMA(NamedTuple):
+@dataclass(frozen=True)
+class NesterovEMA:
     """m ← β m + (1 − β) g with output (1 − β) g + β m, as torch.optim.Muon."""
 
     beta: float = 0.95

@@ -1,0 +1,62 @@
+"""What every test shares: a seed, no repository root on sys.path, random points, and hypothesis without a clock."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+from torch import Tensor
+
+from lowrank_geo import geometry
+from lowrank_geo.geometry import Point
+
+TESTS = Path(__file__).resolve().parent
+# The root would make `kernels` and `models` importable under the names that no user has.
+sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != TESTS.parent]
+sys.path.append(str(TESTS))  # for `oracles`
+
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile("repeatable")
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def point() -> Callable[..., Point]:
+    """point(m, n, r, dtype, core=…, batch=…); see `draw_point`."""
+    return draw_point
+
+
+def draw_point(
+    m: int,
+    n: int,
+    r: int,
+    dtype: torch.dtype = torch.float64,
+    *,
+    core: float | str | None = None,
+    batch: tuple[int, ...] = (),
+) -> Point:
+    """A random point whose core S is Gaussian (None), has a condition number (float), is "singular" or "zero".
+
+    Shapes: -> U (*batch, m, r), S (*batch, r, r), V (*batch, n, r), drawn in float64, then rounded to `dtype`.
+    """
+    drawn = geometry.random(m, n, r, batch=batch, dtype=torch.float64)
+    return Point(*(x.to(dtype) for x in (drawn.U, choose_core(drawn.S, core), drawn.V)))
+
+
+def choose_core(S: Tensor, core: float | str | None) -> Tensor:
+    if core is None:
+        return S
+    if core == "zero":
+        return torch.zeros_like(S)
+    if core == "singular":
+        # An exactly zero column: rounding leaves it singular.
+        return torch.cat([S[..., :-1], torch.zeros_like(S[..., -1:])], -1)
+    P, sigma, Qt = torch.linalg.svd(S)
+    exponents = torch.linspace(0, 1, sigma.shape[-1], dtype=S.dtype)
+    return (P * float(core) ** -exponents) @ Qt

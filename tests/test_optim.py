@@ -1,0 +1,409 @@
+"""One list of optimizers × one list of checks, and the refusals of the optimizer class."""
+
+import copy
+import io
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from lowrank_geo import guard
+from lowrank_geo.geometry import Point, Tangent, gauge, norm
+from lowrank_geo.layers import LowRankLinear, lowrank_layers
+from lowrank_geo.optim import RiemannianAdam, RiemannianMuon, RiemannianSGD, param_groups
+from lowrank_geo.optim.schedules import warmup_stable_decay
+
+OPTIMIZERS = {
+    "sgd": lambda groups: RiemannianSGD(groups, lr=0.05),
+    "sgd, no momentum": lambda groups: RiemannianSGD(groups, lr=0.05, momentum=0.0),
+    "sgd, nesterov, svd": lambda groups: RiemannianSGD(
+        groups, lr=0.05, nesterov=True, retraction="svd"
+    ),
+    "sgd, product": lambda groups: RiemannianSGD(groups, lr=0.05, metric="product"),
+    "sgd, splitting": lambda groups: RiemannianSGD(groups, lr=0.05, retraction="splitting"),
+    "adam": lambda groups: RiemannianAdam(groups, lr=0.01),
+    "adam, untied": lambda groups: RiemannianAdam(groups, lr=0.01, betas=(0.9, 0.99)),
+    "adam, product": lambda groups: RiemannianAdam(groups, lr=0.01, metric="product"),
+    "muon": lambda groups: RiemannianMuon(groups, lr=0.01),
+    "muon, no nesterov": lambda groups: RiemannianMuon(groups, lr=0.01, nesterov=False),
+    "muon, embedded": lambda groups: RiemannianMuon(groups, lr=0.01, metric="embedded"),
+}
+every_optimizer = pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+
+
+class Net(nn.Module):
+    """Two layers of one shape, one of another, and every kind of dense parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = LowRankLinear(8, 8, 3), LowRankLinear(8, 8, 3)
+        self.third = LowRankLinear(8, 6, 2)
+        self.norm, self.dense, self.lm_head = nn.LayerNorm(6), nn.Linear(6, 6), nn.Linear(6, 4)
+        self.unused = LowRankLinear(8, 8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.third(torch.tanh(self.second(torch.tanh(self.first(x)))))
+        return self.lm_head(torch.tanh(self.dense(self.norm(hidden))))
+
+
+@pytest.fixture
+def net():
+    return Net()
+
+
+@pytest.fixture
+def data():
+    x = torch.randn(64, 8)
+    return x, torch.tanh(x @ torch.randn(8, 4))
+
+
+def backward(net, data, scale=1.0):
+    loss = (net(data[0]) - data[1]).square().mean()
+    net.zero_grad()
+    (scale * loss).backward()
+    return loss.item()
+
+
+def run(net, optimizer, data, steps):
+    losses = []
+    for _ in range(steps):
+        losses.append(backward(net, data))
+        optimizer.step()
+    return losses
+
+
+def snapshot(net):
+    return {name: p.detach().clone() for name, p in net.named_parameters()}
+
+
+def states(optimizer):
+    return [
+        value.clone()
+        for group in optimizer.param_groups
+        for p in group["params"]
+        for value in optimizer.state[p].values()
+    ]
+
+
+@every_optimizer
+def test_descends_and_stays_on_the_manifold(make, net, data):
+    losses = run(net, make(param_groups(net)), data, 150)
+    assert losses[-1] < 0.6 * losses[0]
+    for _, layer in lowrank_layers(net):
+        for frame in (layer.U, layer.V):
+            assert (frame.mT @ frame - torch.eye(layer.rank)).abs().max() < 1e-5
+
+
+@every_optimizer
+def test_momentum_is_a_tangent_vector_at_the_current_point(make, net, data):
+    optimizer = make(param_groups(net))
+    run(net, optimizer, data, 7)
+    for name, layer in lowrank_layers(net):
+        momentum = Tangent(*(optimizer.state[p]["momentum"] for p in layer.point))
+        leak = gauge(layer.point, momentum)
+        assert norm(Tangent(*(a - b for a, b in zip(leak, momentum, strict=True)))) < 1e-6 * (
+            1 + norm(momentum)
+        ), name
+
+
+@every_optimizer
+def test_zero_step_changes_nothing(make, net, data):
+    optimizer = make(param_groups(net, lr=0.0, euclidean_lr=0.0, weight_decay=0.1))
+    for p in net.parameters():
+        p.grad = torch.zeros_like(p)
+    before, fresh = snapshot(net), states(optimizer)
+    optimizer.step()
+    assert all(torch.equal(p, before[name]) for name, p in net.named_parameters())
+    assert all(torch.equal(a, b) for a, b in zip(states(optimizer), fresh, strict=True))
+
+
+@every_optimizer
+def test_zero_learning_rate_as_a_tensor_keeps_the_point(make, net, data):
+    optimizer = make(param_groups(net, lr=torch.tensor(0.0), euclidean_lr=torch.tensor(0.0)))
+    before = snapshot(net)
+    run(net, optimizer, data, 2)
+    assert all(torch.equal(p, before[name]) for name, p in net.named_parameters())
+
+
+@every_optimizer
+def test_gradients_are_never_written_to(make, net, data):
+    optimizer = make(param_groups(net, weight_decay=0.1))
+    backward(net, data)
+    before = {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+    optimizer.step()
+    assert all(torch.equal(net.get_parameter(n).grad, g) for n, g in before.items())
+
+
+@every_optimizer
+def test_layers_without_gradient_are_left_alone(make, net, data):
+    optimizer = make(param_groups(net, weight_decay=0.1))
+    before = [p.detach().clone() for p in net.unused.parameters()]
+    run(net, optimizer, data, 2)
+    assert all(torch.equal(a, b) for a, b in zip(net.unused.parameters(), before, strict=True))
+
+
+@every_optimizer
+def test_state_dict_round_trip_continues_bit_for_bit(make, net, data):
+    optimizer = make(param_groups(net, weight_decay=0.1))
+    run(net, optimizer, data, 3)
+    file = io.BytesIO()
+    torch.save({"net": net.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    run(net, optimizer, data, 3)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    again = Net()
+    again.load_state_dict(saved["net"])
+    resumed = make(param_groups(again, weight_decay=0.1))
+    resumed.load_state_dict(saved["optimizer"])
+    run(again, resumed, data, 3)
+    expected = snapshot(net)
+    assert all(torch.equal(p, expected[name]) for name, p in again.named_parameters())
+    for ours, theirs in zip(states(resumed), states(optimizer), strict=True):
+        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+
+
+@every_optimizer
+def test_batches_of_one_shape_equal_single_matrices(make, net, data):
+    """Stacking is an implementation detail: a net trained layer by layer in groups of its own is the same."""
+    net, data = net.double(), tuple(x.double() for x in data)
+    alone = copy.deepcopy(net)
+    batched = make(param_groups(net))
+    groups = param_groups(alone)
+    points = [list(layer.point) for _, layer in lowrank_layers(alone)]
+    single = make([{"params": p, "geometry": "fixed_rank"} for p in points] + groups[1:])
+    run(net, batched, data, 5)
+    run(alone, single, data, 5)
+    expected = snapshot(net)
+    for name, p in alone.named_parameters():
+        torch.testing.assert_close(p, expected[name], rtol=1e-10, atol=1e-12, msg=name)
+
+
+@every_optimizer
+def test_trajectory_is_gauge_invariant(make, net, data):
+    """(UQ, QᵀSP, VP) is the same matrix and must train the same; float64, worst of 11 x 10 draws 4e-13."""
+    net, data = net.double(), tuple(x.double() for x in data)
+    turned = copy.deepcopy(net)
+    for _, layer in lowrank_layers(turned):
+        r = layer.rank
+        Q, P = (torch.linalg.qr(torch.randn(r, r, dtype=torch.float64))[0] for _ in range(2))
+        layer.U.data, layer.V.data = layer.U @ Q, layer.V @ P
+        layer.S.data = Q.mT @ layer.S @ P
+    run(net, make(param_groups(net)), data, 10)
+    run(turned, make(param_groups(turned)), data, 10)
+    for (name, a), (_, b) in zip(lowrank_layers(net), lowrank_layers(turned), strict=True):
+        assert (a.weight - b.weight).abs().max() < 4e-12, name
+
+
+@every_optimizer
+def test_starts_from_a_zero_core(make, net, data):
+    for _, layer in lowrank_layers(net):
+        layer.S.data.zero_()
+    optimizer = make(param_groups(net))
+    run(net, optimizer, data, 3)
+    assert net.third.S.abs().max() > 0
+    assert all(torch.isfinite(p).all() for p in net.parameters())
+
+
+@every_optimizer
+def test_tensor_learning_rate_equals_float(make, net, data):
+    other = copy.deepcopy(net)
+    run(net, make(param_groups(net, lr=0.02, euclidean_lr=0.01)), data, 4)
+    rates = {"lr": torch.tensor(0.02), "euclidean_lr": torch.tensor(0.01)}
+    run(other, make(param_groups(other, **rates)), data, 4)
+    for a, b in zip(net.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@every_optimizer
+def test_closure_runs_once_with_gradients_on(make, net, data):
+    optimizer = make(param_groups(net))
+    calls = []
+    loss = optimizer.step(
+        closure=lambda: calls.append(torch.is_grad_enabled()) or backward(net, data)
+    )
+    assert calls == [True] and loss > 0
+
+
+@every_optimizer
+def test_schedulers_drive_every_group(make, net, data):
+    optimizer = make(param_groups(net))
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    schedule = warmup_stable_decay(optimizer, 10, warmup=0.5, decay=0.5)
+    assert [g["lr"] for g in optimizer.param_groups] == pytest.approx([p / 5 for p in peaks])
+    run(net, optimizer, data, 1)
+    schedule.step()
+    assert [g["lr"] for g in optimizer.param_groups] == pytest.approx([2 * p / 5 for p in peaks])
+
+
+@every_optimizer
+def test_grad_scaler_skips_an_infinite_step_and_takes_a_finite_one(make, net, data):
+    optimizer = make(param_groups(net))
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    reference = copy.deepcopy(net)
+    run(reference, make(param_groups(reference)), data, 1)
+    backward(net, data, scale=8.0)
+    scaler.scale(torch.zeros(()))
+    scaler.step(optimizer)
+    scaler.update()
+    for a, b in zip(net.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    before, kept = snapshot(net), states(optimizer)
+    backward(net, data)
+    net.first.S.grad[0, 0] = math.inf
+    scaler.step(optimizer)
+    assert all(torch.equal(p, before[name]) for name, p in net.named_parameters())
+    assert all(torch.equal(a, b) for a, b in zip(states(optimizer), kept, strict=True))
+
+
+@every_optimizer
+def test_a_group_added_later_trains(make, net, data):
+    late = LowRankLinear(4, 4, 2)
+    optimizer = make(param_groups(net))
+    optimizer.add_param_group(param_groups(late)[0])
+    before = late.S.detach().clone()
+    late(torch.randn(5, 4)).square().sum().backward()
+    optimizer.step()
+    assert not torch.equal(late.S, before)
+
+
+@every_optimizer
+def test_deepcopied_model_and_new_optimizer_are_independent(make, net, data):
+    optimizer = make(param_groups(net))
+    twin = copy.deepcopy(net)
+    before = snapshot(twin)
+    run(net, optimizer, data, 2)
+    assert all(torch.equal(p, before[name]) for name, p in twin.named_parameters())
+
+
+def test_clipping_clips_the_riemannian_norm(net, data):
+    """√(|Up|² + |M|² + |Vp|²) is the norm of the projected dense gradient, by the definition of the metric."""
+    param_groups(net)
+    backward(net, data)
+    point = Point(*(p.detach() for p in net.third.point))
+    xi = Tangent(*(p.grad for p in net.third.point))
+    ambient = (point.U @ xi.M + xi.Up) @ point.V.mT + point.U @ xi.Vp.mT
+    total = torch.nn.utils.clip_grad_norm_(list(net.third.point), 1e-3)
+    assert total == pytest.approx(ambient.norm().item(), rel=1e-5)
+
+
+def test_transports_are_named_and_at_most_one(net, data):
+    optimizer = RiemannianSGD(param_groups(net), lr=0.5)
+    run(net, optimizer, data, 3)
+    found = optimizer.transports()
+    assert set(found) == {"first", "second", "third"}
+    assert all(0 < tau <= 1 + 1e-6 for tau in found.values()) and min(found.values()) < 1
+
+
+def test_weight_decay_shrinks_the_matrix_and_spares_vectors(net):
+    optimizer = RiemannianSGD(param_groups(net, lr=0.5, euclidean_lr=0.5, weight_decay=0.2))
+    for p in net.parameters():
+        p.grad = torch.zeros_like(p)
+    W, scale = net.first.weight.detach(), net.norm.weight.detach().clone()
+    optimizer.step()
+    torch.testing.assert_close(net.first.weight, 0.9 * W)
+    assert torch.equal(net.norm.weight, scale)
+
+
+def test_low_precision_parameters_keep_float32_state():
+    linear = nn.Linear(6, 6).bfloat16()
+    optimizer = RiemannianMuon(linear.parameters(), lr=0.01)
+    linear(torch.randn(4, 6).bfloat16()).sum().backward()
+    optimizer.step()
+    kinds = {k: v.dtype for k, v in optimizer.state[linear.weight].items()}
+    assert set(kinds.values()) == {torch.float32}
+    other = RiemannianMuon(linear.parameters(), lr=0.01)
+    other.load_state_dict(optimizer.state_dict())
+    assert {v.dtype for v in other.state[linear.weight].values()} == {torch.float32}
+
+
+BAD = {
+    "a negative lr": (lambda g: RiemannianSGD(g, lr=-1.0), r"lr needs .* >= 0, got -1\.0"),
+    "a NaN lr": (lambda g: RiemannianMuon(g, lr=math.nan), "lr needs to be a finite number"),
+    "a momentum of 1": (lambda g: RiemannianSGD(g, momentum=1.0), r"momentum needs .* got 1\.0"),
+    "a beta of 1": (
+        lambda g: RiemannianAdam(g, betas=(0.9, 1.0)),
+        r"betas need .* got \(0\.9, 1\.0\)",
+    ),
+    "an unknown metric": (
+        lambda g: RiemannianSGD(g, metric="flat"),
+        "'embedded' or 'product', got 'flat'",
+    ),
+    "an unknown retraction": (lambda g: RiemannianSGD(g, retraction="exp"), "got 'exp'"),
+    "a negative weight decay": (
+        lambda g: RiemannianSGD(g, weight_decay=-0.1),
+        "weight_decay needs",
+    ),
+    "a negative scale": (lambda g: RiemannianMuon(g, rotation=-1.0), "rotation needs to be >= 0"),
+}
+
+
+@pytest.mark.parametrize("make, sentence", BAD.values(), ids=BAD)
+def test_refuses(make, sentence, net):
+    with pytest.raises(ValueError, match=sentence):
+        make(param_groups(net))
+
+
+def test_refuses_a_split_triple(net):
+    triples = param_groups(net)[0]["params"]
+    with pytest.raises(ValueError, match="whole triples"):
+        RiemannianSGD([{"params": triples[:4], "geometry": "fixed_rank"}])
+    with pytest.raises(ValueError, match="keep U, S, V together"):
+        RiemannianSGD(net.parameters())
+
+
+def test_refuses_factors_in_the_wrong_order(net):
+    U, S, V = param_groups(net.third)[0]["params"]
+    with pytest.raises(ValueError, match=r"U \(m, r\), S \(r, r\), V \(n, r\)"):
+        RiemannianSGD([{"params": [S, U, V], "geometry": "fixed_rank"}])
+
+
+def test_refuses_frames_that_are_not_orthonormal(net):
+    groups = param_groups(net)
+    net.first.U.data.mul_(2)
+    with pytest.raises(ValueError, match="orthonormal columns in U"):
+        RiemannianSGD(groups)
+
+
+def test_refuses_layers_in_factors_mode(net):
+    points = list(net.first.point)
+    with pytest.raises(ValueError, match="gradient='tangent'"):
+        RiemannianSGD([{"params": points, "geometry": "fixed_rank"}])
+    optimizer = RiemannianSGD(param_groups(net))
+    net.first.gradient = "factors"
+    net.first(torch.randn(2, 8)).sum().backward()
+    with pytest.raises(RuntimeError, match="set to 'factors' after"):
+        optimizer.step()
+
+
+def test_a_refused_group_is_not_added(net):
+    optimizer = RiemannianSGD(param_groups(net))
+    count = len(optimizer.param_groups)
+    with pytest.raises(ValueError, match="geometry out of"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], "geometry": "sphere"})
+    with pytest.raises(ValueError, match="lr needs"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], "lr": -1.0})
+    assert len(optimizer.param_groups) == count
+
+
+def test_refuses_a_state_of_other_shapes(net):
+    saved = RiemannianSGD(param_groups(net)).state_dict()
+    other = Net()
+    other.third = LowRankLinear(8, 6, 3)
+    with pytest.raises(ValueError, match=r"momentum of shape \(6, 3\), got \(6, 2\)"):
+        RiemannianSGD(param_groups(other)).load_state_dict(saved)
+
+
+def test_refuses_sparse_gradients():
+    table = nn.Embedding(5, 3, sparse=True)
+    optimizer = RiemannianSGD(table.parameters())
+    table(torch.tensor([1])).sum().backward()
+    with pytest.raises(RuntimeError, match="got a sparse one"):
+        optimizer.step()
+
+
+def test_marks_do_not_outlive_the_parameters(net):
+    param_groups(net)
+    assert guard.is_marked(net.first.U)
+    net.first.gradient = "factors"
+    assert not guard.is_marked(net.first.U)
