@@ -17,6 +17,7 @@ DEV = [
     "pytest>=8.3",
     "pytest-benchmark>=5.0",
     "pytest-cov>=6.0",
+    "pytest-xdist>=3.6",
     "ruff>=0.9",
     "scikit-learn>=1.5",
     "scipy>=1.13",

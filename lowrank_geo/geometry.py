@@ -147,7 +147,7 @@ def random(
     # The sign fix of the diagonal of R makes Q Haar-distributed.
     def frame(rows: int) -> Tensor:
         Q, R = torch.linalg.qr(gaussian(rows, r))
-        return Q * torch.diagonal(R, dim1=-2, dim2=-1).sign().unsqueeze(-2)
+        return (Q * torch.diagonal(R, dim1=-2, dim2=-1).sign().unsqueeze(-2)).contiguous()
 
     return Point(frame(m), gaussian(r, r), frame(n))
 

@@ -1,0 +1,35 @@
+# `make demo` and `make test` start from a bare checkout: they create .venv and install when needed.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: demo test lint bench docs
+
+demo: $(INSTALLED)
+	$(BIN)/lowrank-geo pretrain --out runs/demo --overwrite
+	@echo "Report: runs/demo/report.html"
+
+# One thread a process: two workers fill two cores, and small matrices gain nothing from more threads.
+test: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --cov
+
+# mypy does not see lowrank_geo.kernels and lowrank_geo.models through the editable import hook, so it
+# checks an installed copy.
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf build
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --target build/typed .
+	cd build/typed && ../../$(BIN)/mypy --config-file ../../pyproject.toml \
+	  --cache-dir ../../.mypy_cache -p lowrank_geo
+
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/pretrain.py --quick
+
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+$(INSTALLED): setup.py pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@

@@ -1,0 +1,124 @@
+"""Forward and backward of one layer: dense, two factors, and ours, as speed-ups over nn.Linear beside the FLOP limit.
+
+    python benchmarks/layer.py [--tokens 2048] [--repeats 30]
+
+The limit is the ratio of multiply-adds, 3Bmn dense against 3Br(m+n) + r²[min(B,m) + min(B,n) + min(B,m,n) + m + n] with
+the best folding (docs/mathematics.md). Times are medians of interleaved repeats in one process; ends with one JSON line.
+"""
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from protocol import environment, table
+from torch import Tensor, nn
+
+from lowrank_geo import LowRankLinear
+
+SHAPES = [(768, 768, 96), (1024, 1024, 128), (3072, 768, 128), (2048, 2048, 256)]  # m, n, r
+
+
+def limit(B: int, m: int, n: int, r: int) -> float:
+    """The best possible speed-up over nn.Linear, from multiply-adds alone."""
+    small = r * r * (min(B, m) + min(B, n) + min(B, m, n) + m + n)
+    return 3 * B * m * n / (3 * B * r * (m + n) + small)
+
+
+def contenders(m: int, n: int, r: int) -> dict[str, nn.Module]:
+    tangent = LowRankLinear(n, m, r, bias=False)
+    tangent.gradient = "tangent"
+    return {
+        "dense": nn.Linear(n, m, bias=False),
+        "tangent": tangent,
+        "factors": LowRankLinear(n, m, r, bias=False),
+        "two factors": nn.Sequential(
+            nn.Linear(n, r, bias=False), nn.Linear(r, m, bias=False)
+        ),
+    }
+
+
+def pass_through(layer: nn.Module, x: Tensor, dy: Tensor) -> Callable[[], None]:
+    def run() -> None:
+        x.grad = None
+        layer.zero_grad(set_to_none=True)
+        layer(x).backward(dy)
+
+    return run
+
+
+def medians(runs: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
+    """Seconds a call, medians; the contenders take turns so that noise hits all alike."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for repeat in range(repeats + 2):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            if repeat >= 2:
+                times[name].append(time.perf_counter() - start)
+    return {name: sorted(t)[len(t) // 2] for name, t in times.items()}
+
+
+def saved_floats(layer: nn.Module, x: Tensor) -> int:
+    """Numbers kept for backward besides the parameters, each storage counted once."""
+    parameters = {p.untyped_storage().data_ptr() for p in layer.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes() // 4
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        layer(x)
+    return sum(kept.values())
+
+
+def measure(m: int, n: int, r: int, tokens: int, repeats: int) -> dict[str, Any]:
+    x = torch.randn(tokens, n, requires_grad=True)
+    dy = torch.randn(tokens, m)
+    layers = contenders(m, n, r)
+    seconds = medians({k: pass_through(v, x, dy) for k, v in layers.items()}, repeats)
+    best = limit(tokens, m, n, r)
+    return {
+        "shape": [m, n, r],
+        "limit": best,
+        "ms": {k: 1e3 * s for k, s in seconds.items()},
+        "speedup": {k: seconds["dense"] / s for k, s in seconds.items()},
+        "of_limit": {k: seconds["dense"] / s / best for k, s in seconds.items()},
+        "saved_floats": {k: saved_floats(v, x) for k, v in layers.items()},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--repeats", type=int, default=30)
+    arguments = parser.parse_args()
+    results = [measure(*s, arguments.tokens, arguments.repeats) for s in SHAPES]
+    rows = [
+        [
+            "×".join(map(str, r["shape"])),
+            f"{r['ms']['dense']:.1f}",
+            *(f"{r['speedup'][k]:.2f} ({r['of_limit'][k]:.2f})" for k in ("tangent", "factors", "two factors")),
+            f"{r['limit']:.2f}",
+            f"{r['saved_floats']['tangent'] / 1e6:.2f} / {r['saved_floats']['dense'] / 1e6:.2f}",
+        ]
+        for r in results
+    ]
+    header = ["m×n×r", "dense ms", "tangent (of limit)", "factors", "two factors", "limit", "M floats kept, ours / dense"]
+    print(table(header, rows))
+    means = {
+        k: math.prod(r["of_limit"][k] for r in results) ** (1 / len(results))
+        for k in ("tangent", "factors", "two factors")
+    }
+    print("geometric mean of the limit:", ", ".join(f"{k} {v:.2f}" for k, v in means.items()))
+    print(json.dumps({"benchmark": "layer", "of_limit": means, "rows": results, **environment()}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""The protocol of every benchmark: equal grids, three seeds at the best learning rates, one JSON line a run.
+
+Every method gets the same grid of learning rates with one seed; while the optimum lies at an edge the grid grows there.
+Then the best learning rate and its two neighbours get three seeds. Runs already in the results file are skipped, so a
+benchmark that was stopped goes on where it was.
+"""
+
+import json
+import math
+import platform
+import statistics
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from lowrank_geo import __version__
+
+ROOT = Path(__file__).parent
+GROWTH = 6  # most learning rates a grid may grow by
+
+
+class Run(NamedTuple):
+    """What identifies a run; `method` holds all that is not swept."""
+
+    method: str
+    lr: float
+    seed: int
+
+
+class Store:
+    """Finished runs, one JSON line each, appended as they end."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        lines = path.read_text().splitlines() if path.exists() else []
+        records = [json.loads(line) for line in lines]
+        self.records = {Run(r["method"], r["lr"], r["seed"]): r for r in records}
+
+    def get(self, run: Run, compute: Callable[[Run], dict[str, Any]]) -> dict[str, Any]:
+        """The record of a run, computed and appended if it is not there."""
+        if run not in self.records:
+            record = {**run._asdict(), **compute(run), **environment()}
+            with self.path.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+            self.records[run] = record
+            print(
+                f"{run.method:40s} lr {run.lr:<9.3g} seed {run.seed}: {record['loss']:.4f}",
+                flush=True,
+            )
+        return self.records[run]
+
+
+class Row(NamedTuple):
+    """A method at its best learning rate: mean and standard deviation over seeds."""
+
+    method: str
+    lr: float
+    loss: float
+    spread: float
+    seeds: int
+    window: float  # max lr / min lr among those within 5 % of the best loss, one seed
+    record: dict[str, Any]  # of the first seed at this lr
+
+
+def sweep(
+    store: Store,
+    method: str,
+    grid: list[float],
+    compute: Callable[[Run], dict[str, Any]],
+    *,
+    seeds: int = 3,
+) -> Row:
+    """The whole protocol for one method."""
+    rates = sorted(grid)
+
+    def loss(lr: float, seed: int = 0) -> float:
+        value = store.get(Run(method, lr, seed), compute)["loss"]
+        return value if math.isfinite(value) else math.inf
+
+    ratio = rates[1] / rates[0]
+    for _ in range(GROWTH):
+        best = min(rates, key=loss)
+        if best == rates[0]:
+            rates.insert(0, round_rate(rates[0] / ratio))
+        elif best == rates[-1]:
+            rates.append(round_rate(rates[-1] * ratio))
+        else:
+            break
+    at = rates.index(best)
+    finalists = rates[max(at - 1, 0) : at + 2]
+    means = {lr: statistics.fmean(loss(lr, seed) for seed in range(seeds)) for lr in finalists}
+    chosen = min(means, key=lambda lr: means[lr])
+    values = [loss(chosen, seed) for seed in range(seeds)]
+    usable = [lr for lr in rates if loss(lr) <= 1.05 * loss(best)]
+    return Row(
+        method,
+        chosen,
+        means[chosen],
+        statistics.stdev(values) if seeds > 1 else 0.0,
+        seeds,
+        max(usable) / min(usable),
+        store.records[Run(method, chosen, 0)],
+    )
+
+
+def round_rate(lr: float) -> float:
+    """A learning rate to three significant digits, so that grids from both sides meet."""
+    return float(f"{lr:.3g}")
+
+
+def geometric(first: float, ratio: float, count: int) -> list[float]:
+    """A grid of learning rates."""
+    return [round_rate(first * ratio**i) for i in range(count)]
+
+
+def environment() -> dict[str, Any]:
+    """Commit, machine and versions, for every record."""
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    return {
+        "commit": commit or "unknown",
+        "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "lowrank_geo": __version__,
+    }
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """An aligned Markdown table."""
+    widths = [max(len(r[i]) for r in [header, *rows]) for i in range(len(header))]
+
+    def line(cells: list[str]) -> str:
+        return "| " + " | ".join(c.ljust(w) for c, w in zip(cells, widths, strict=True)) + " |"
+
+    return "\n".join([line(header), line(["-" * w for w in widths]), *(line(r) for r in rows)])

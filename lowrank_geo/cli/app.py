@@ -1,0 +1,99 @@
+"""The four commands."""
+
+from itertools import count
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lowrank_geo.cli.display import Display
+from lowrank_geo.cli.options import config_options, given
+from lowrank_geo.cli.refusals import refusals
+from lowrank_geo.generation import continue_text
+from lowrank_geo.report import write_report
+from lowrank_geo.train.config import TrainConfig
+from lowrank_geo.train.parts import load_model, plan_of
+from lowrank_geo.train.run import pretrain, resume
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    no_args_is_help=True,
+    help="Train models whose weights stay on the manifold of rank-r matrices.",
+)
+
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+@app.command("pretrain")
+@config_options()
+def pretrain_command(
+    command: typer.Context,
+    *,
+    out: Annotated[Path | None, typer.Option(help="Folder of the new run.")] = None,
+    resume_run: Annotated[
+        Path | None, typer.Option("--resume", metavar="RUN", help="Go on with this run.")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Delete the run in --out.")
+    ] = False,
+    debug: Debug = False,
+    **options: Any,
+) -> None:
+    """Pre-train a low-rank language model; without options, a demo of three minutes."""
+    with refusals(debug), Display() as display:
+        if resume_run is None:
+            config = TrainConfig(**options)
+            pretrain(config, out or free_folder(), overwrite=overwrite, listeners=[display])
+            return
+        if out is not None or overwrite:
+            raise ValueError(
+                f"--resume needs neither --out nor --overwrite, got {out or '--overwrite'}; "
+                "leave it out: the run goes on in its folder"
+            )
+        resume(resume_run, changes=given(command, options), listeners=[display])
+
+
+def free_folder() -> Path:
+    """The first of runs/1, runs/2, ... that does not exist."""
+    return next(path for n in count(1) if not (path := Path("runs", str(n))).exists())
+
+
+@app.command("plan")
+@config_options("tokenizer", "vocab_size", "model", "budget", "rank", "ratio", "init", "context")
+def plan_command(*, debug: Debug = False, **options: Any) -> None:
+    """Show which layer pretrain would give which rank, and the exact number of parameters."""
+    with refusals(debug):
+        typer.echo(str(plan_of(TrainConfig(**options))))
+
+
+@app.command("inspect")
+def inspect_command(run: Run, *, debug: Debug = False) -> None:
+    """Show ranks, singular values, orthonormality and size of a run, and write its report anew."""
+    from rich.console import Console
+
+    from lowrank_geo.inspection import inspect, render
+
+    with refusals(debug):
+        Console(markup=False).print(render(inspect(run)))
+        typer.echo(f"report: {write_report(run)}")
+
+
+@app.command("generate")
+def generate_command(
+    run: Run,
+    *,
+    prompt: Annotated[str, typer.Option(help="Text to continue.")] = "def ",
+    tokens: Annotated[int, typer.Option(help="How many tokens to add.")] = 200,
+    temperature: Annotated[float, typer.Option(help="0: the most likely token.")] = 0.8,
+    top_k: Annotated[int, typer.Option(help="Draw from this many most likely tokens.")] = 40,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    debug: Debug = False,
+) -> None:
+    """Continue a prompt with the model of a run."""
+    with refusals(debug):
+        model, tokenizer = load_model(run)
+        sampling = {"count": tokens, "temperature": temperature, "top_k": top_k, "seed": seed}
+        typer.echo(continue_text(model, tokenizer, prompt, **sampling))

@@ -1,0 +1,188 @@
+"""A run between two steps: model, optimizer, schedule, and what can be asked of them."""
+
+import math
+import time
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from lowrank_geo import optim
+from lowrank_geo.diagnostics import snapshot
+from lowrank_geo.models.decoder import Decoder
+from lowrank_geo.optim import schedules
+from lowrank_geo.train.checkpoint import Checkpoint
+from lowrank_geo.train.config import TrainConfig
+from lowrank_geo.train.distributed import Workers
+from lowrank_geo.train.metrics import Line
+from lowrank_geo.train.parts import Data
+from lowrank_geo.train.step import backward, clip, evaluate
+from lowrank_geo.train.stopped import Stopped
+
+
+class Trainer:
+    """The state of training after `step` steps; all of it is in `checkpoint`, the data is a function of the step.
+
+    Raises: ValueError for an unknown optimizer or a learning rate that it refuses.
+    """
+
+    def __init__(self, config: TrainConfig, model: Decoder, data: Data, workers: Workers) -> None:
+        check_share(config, workers)
+        self.config, self.data, self.workers = config, data, workers
+        self.step, self.seconds = 0, 0.0
+        self.model = model.to(workers.device)
+        self.optimizer = optim.build(
+            config.optimizer,
+            self.model,
+            lr=config.lr,
+            euclidean_lr=config.euclidean_lr,
+            weight_decay=config.weight_decay,
+        )
+        self.schedule = schedule_of(config, self.optimizer)
+        self.precision = precision_of(config, workers.device)
+        if config.compile:
+            self.model.compile()
+        self.parallel: nn.Module = self.model
+        if workers.world > 1:
+            self.parallel = DistributedDataParallel(self.model)
+
+    def advance(self) -> Line:
+        """Make one step and return its "train" line.
+
+        Raises: Stopped, before anything has changed, if the loss or the gradient is not finite.
+        """
+        began = time.perf_counter()
+        workers = self.workers
+        inputs, targets = self.data.batches.at(self.step, rank=workers.rank, world=workers.world)
+        self.optimizer.zero_grad()
+        loss = backward(
+            self.parallel,
+            inputs.to(workers.device),
+            targets.to(workers.device),
+            pieces=self.config.accumulate,
+            precision=self.precision,
+        )
+        norm = clip(self.model.parameters(), self.config.clip)
+        # One wait for the device a step: a step on a gradient that is not finite could not be undone.
+        mean, length = (
+            x / workers.world for x in workers.total(*torch.stack([loss, norm]).tolist())
+        )
+        self._check_finite(mean, length)
+        lr = self.schedule.get_last_lr()[0]
+        self.optimizer.step()
+        self.schedule.step()
+        self.step += 1
+        spent = time.perf_counter() - began
+        self.seconds += spent
+        tokens = self.config.batch * self.model.config.context
+        return {
+            "kind": "train",
+            "step": self.step,
+            "loss": mean,
+            "lr": float(lr),
+            "grad_norm": length,
+            "tokens": self.step * tokens,
+            "seconds": self.seconds,
+            "tokens_per_second": tokens / spent,
+        }
+
+    def _check_finite(self, loss: float, norm: float) -> None:
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise Stopped(
+                f"step {self.step + 1} needs a finite loss and gradient, got loss {loss} and gradient norm {norm}; "
+                "the last checkpoint is kept, start again with a lower --lr, a longer --warmup or --dtype float32",
+                2,
+            )
+
+    def evaluate(self) -> Line:
+        """The mean loss on the held-out windows, shared out over the processes.
+
+        Raises: Stopped if it is not finite.
+        """
+        rank, world, device = self.workers.rank, self.workers.world, self.workers.device
+        share = max(1, self.config.batch // self.config.accumulate // world)
+        parts = [x[rank::world].to(device).split(share) for x in self.data.windows]
+        with self.precision:
+            found = evaluate(self.model, zip(*parts, strict=True))
+        loss, count = self.workers.total(*found)
+        self._check_finite(loss / count, 0.0)
+        return {"kind": "eval", "step": self.step, "loss": loss / count}
+
+    def diagnose(self) -> Line:
+        """Ranks, spectra and drift of the layers."""
+        return {"kind": "diagnostics", "step": self.step, **snapshot(self.model, self.optimizer)}
+
+    def checkpoint(self) -> Checkpoint:
+        """Everything that later steps depend on.
+
+        Raises: Stopped if a parameter is not finite: it must not replace a good checkpoint.
+        """
+        for name, parameter in self.model.named_parameters():
+            if not parameter.isfinite().all():
+                raise Stopped(
+                    f"the checkpoint of step {self.step} needs finite parameters, got others in {name}; "
+                    "the checkpoint before is kept, start again with a lower --lr",
+                    2,
+                )
+        training = {
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "random": random_states(self.workers.device),
+            "seconds": self.seconds,
+        }
+        return Checkpoint(self.step, self.model.state_dict(), training)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go on from a checkpoint.
+
+        Raises: ValueError if the optimizer's state is that of another optimizer or model.
+        """
+        self.model.load_state_dict(checkpoint.model)
+        training: dict[str, Any] = checkpoint.training
+        self.optimizer.load_state_dict(training["optimizer"])
+        self.schedule.load_state_dict(training["schedule"])
+        torch.set_rng_state(training["random"]["cpu"])
+        if self.workers.device.type == "cuda" and "cuda" in training["random"]:
+            torch.cuda.set_rng_state(training["random"]["cuda"])
+        self.step, self.seconds = checkpoint.step, training["seconds"]
+
+
+def random_states(device: torch.device) -> dict[str, Tensor]:
+    """The states of torch's generators."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def check_share(config: TrainConfig, workers: Workers) -> None:
+    """Raise ValueError unless every process gets the same whole number of sequences in every micro-batch."""
+    pieces = config.accumulate * workers.world
+    if config.batch % pieces:
+        raise ValueError(
+            f"pretrain needs --batch to be a multiple of --accumulate times the number of processes, {pieces}, "
+            f"got {config.batch}; choose such a batch"
+        )
+
+
+def schedule_of(config: TrainConfig, optimizer: Optimizer) -> LambdaLR:
+    """The learning-rate schedule that a config names."""
+    warmup = 0.05 if config.warmup is None else config.warmup / config.steps
+    if config.schedule == "constant":
+        return schedules.constant(optimizer)
+    make = schedules.cosine if config.schedule == "cosine" else schedules.warmup_stable_decay
+    return make(optimizer, config.steps, warmup=warmup)
+
+
+def precision_of(config: TrainConfig, device: torch.device) -> AbstractContextManager:
+    """Parameters are float32 always; this is the precision of forward and backward."""
+    chosen = config.dtype
+    if chosen == "auto":
+        chosen = (
+            "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+        )
+    return nullcontext() if chosen == "float32" else torch.autocast(device.type, torch.bfloat16)
