@@ -2,8 +2,8 @@
 
     python benchmarks/layer.py [--tokens 2048] [--repeats 30]
 
-The limit is the ratio of multiply-adds, 3Bmn dense against 3Br(m+n) + r²[min(B,m) + min(B,n) + min(B,m,n) + m + n] with
-the best folding (docs/mathematics.md). Times are medians of interleaved repeats in one process; ends with one JSON line.
+The limit is the ratio of multiply-adds (see `limit`) with the best folding (docs/mathematics.md). Times are medians of
+interleaved repeats in one process; ends with one JSON line.
 """
 
 import argparse
@@ -23,7 +23,10 @@ SHAPES = [(768, 768, 96), (1024, 1024, 128), (3072, 768, 128), (2048, 2048, 256)
 
 
 def limit(B: int, m: int, n: int, r: int) -> float:
-    """The best possible speed-up over nn.Linear, from multiply-adds alone."""
+    """The best possible speed-up over nn.Linear, from multiply-adds alone.
+
+    3Bmn dense against 3Br(m+n) + r²[min(B,m) + min(B,n) + min(B,m,n) + m + n].
+    """
     small = r * r * (min(B, m) + min(B, n) + min(B, m, n) + m + n)
     return 3 * B * m * n / (3 * B * r * (m + n) + small)
 
@@ -35,9 +38,7 @@ def contenders(m: int, n: int, r: int) -> dict[str, nn.Module]:
         "dense": nn.Linear(n, m, bias=False),
         "tangent": tangent,
         "factors": LowRankLinear(n, m, r, bias=False),
-        "two factors": nn.Sequential(
-            nn.Linear(n, r, bias=False), nn.Linear(r, m, bias=False)
-        ),
+        "two factors": nn.Sequential(nn.Linear(n, r, bias=False), nn.Linear(r, m, bias=False)),
     }
 
 
@@ -104,13 +105,17 @@ def main() -> None:
         [
             "×".join(map(str, r["shape"])),
             f"{r['ms']['dense']:.1f}",
-            *(f"{r['speedup'][k]:.2f} ({r['of_limit'][k]:.2f})" for k in ("tangent", "factors", "two factors")),
+            *(
+                f"{r['speedup'][k]:.2f} ({r['of_limit'][k]:.2f})"
+                for k in ("tangent", "factors", "two factors")
+            ),
             f"{r['limit']:.2f}",
             f"{r['saved_floats']['tangent'] / 1e6:.2f} / {r['saved_floats']['dense'] / 1e6:.2f}",
         ]
         for r in results
     ]
-    header = ["m×n×r", "dense ms", "tangent (of limit)", "factors", "two factors", "limit", "M floats kept, ours / dense"]
+    kept = "M floats kept, ours / dense"
+    header = ["m×n×r", "dense ms", "tangent (of limit)", "factors", "two factors", "limit", kept]
     print(table(header, rows))
     means = {
         k: math.prod(r["of_limit"][k] for r in results) ** (1 / len(results))

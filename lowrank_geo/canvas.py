@@ -18,7 +18,7 @@ try:
     import matplotlib
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 except ModuleNotFoundError as missing:
     raise ModuleNotFoundError(
         "the figures of lowrank_geo need matplotlib, which is not installed; pip install 'lowrank-geo[cli]'"
@@ -29,7 +29,7 @@ P = ParamSpec("P")
 FULL, HALF = (7.2, 2.8), (3.5, 2.5)  # inches: one or two figures to a line of A4
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
 DASHES = ("-", "--", "-.", ":")
-PALE, FAINT, GREY, INK = "#A9CCE3", "#DDE2E7", "#9AA3AD", "#22272E"
+PALE, FAINT, GREY, INK = "#8DBBDD", "#DDE2E7", "#9AA3AD", "#22272E"
 STEP = "training step (updates)"
 SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 STYLE: dict[Any, Any] = {
@@ -55,7 +55,7 @@ STYLE: dict[Any, Any] = {
     "axes.axisbelow": True,
     "grid.color": "#E8EBEE",
     "lines.linewidth": 1.5,
-    "legend.frameon": False,
+    "legend.edgecolor": "none",
     "figure.facecolor": "white",
     "axes.facecolor": "white",
     "figure.constrained_layout.use": True,
@@ -101,28 +101,63 @@ def canvas(size: tuple[float, float], x: str, y: str) -> tuple[Figure, Axes]:
 
 
 def log_scale(axes: Axes) -> None:
-    """A log y axis labelled 10⁻³, or 0.2, 0.5, 1 where it spans less than three decades."""
+    """A log y axis with a few labels, whether it spans many decades or a part of one."""
     axes.set_yscale("log")
     low, high = axes.get_ylim()
-    wide = high > 1e3 * low
-    axes.yaxis.set_major_locator(LogLocator(subs=(1,) if wide else (1, 2, 5)))
-    axes.yaxis.set_major_formatter(FuncFormatter(power if wide else lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    ticks = LogLocator(subs=(1,) if high > 1e3 * low else (1, 2, 5))
+    axes.yaxis.set_major_locator(ticks if high > 4 * low else MaxNLocator(4))
+    axes.yaxis.set_major_formatter(FuncFormatter(readable))
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
-def power(value: float, _: Any = None) -> str:
-    """A power of ten without math text.
+def readable(value: float, _: Any = None) -> str:
+    """A number as on paper, without math text.
 
-    >>> power(1e-7)
-    '10⁻⁷'
+    >>> readable(0.25), readable(1e-7), readable(5e-7), readable(-2e6)
+    ('0.25', '10⁻⁷', '5·10⁻⁷', '-2·10⁶')
     """
-    return "10" + str(round(np.log10(value))).translate(SUPERSCRIPT)
+    if value == 0 or 1e-3 <= abs(value) < 1e4:
+        return f"{value:g}"
+    mantissa, exponent = f"{value:.3e}".split("e")
+    digits = mantissa.rstrip("0").rstrip(".")
+    power = "10" + str(int(exponent)).translate(SUPERSCRIPT)
+    return power if digits == "1" else f"{digits}·{power}"
 
 
-def legend(axes: Axes, **where: Any) -> None:
-    """A legend, if there is anything to tell apart."""
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(**where)
+def legend(axes: Axes, *, above: int = 0) -> None:
+    """A legend, if there is anything to tell apart: where it hides least, or `above` the axes in so many columns."""
+    if not axes.get_legend_handles_labels()[0]:
+        return
+    if above:
+        axes.legend(
+            loc="lower center",
+            bbox_to_anchor=(0.45, 1),
+            ncols=above,
+            columnspacing=0.8,
+            handlelength=1.3,
+        )
+    else:
+        axes.legend()
+
+
+def beside(axes: Axes, x: float, y: float, text: str) -> None:
+    """A remark to the right of the end of a bar."""
+    axes.annotate(text, (x, y), (4, 0), textcoords="offset points", va="center", fontsize=7.5)
+
+
+def panels(count: int, x: str, y: str) -> tuple[Figure, list[Axes]]:
+    """A figure of `count` small axes, four to a row, that share both scales."""
+    columns = min(4, max(1, count))
+    rows = max(1, -(-count // columns))
+    figure = Figure(figsize=(FULL[0], 0.7 + 1.6 * rows))
+    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    for axes in grid[count:]:
+        axes.set_visible(False)
+    for axes in grid[max(0, count - columns) : count]:
+        axes.tick_params(labelbottom=True)
+    figure.supxlabel(x)
+    figure.supylabel(y)
+    return figure, list(grid[: max(count, 1)])
 
 
 def mark(steps: Sequence[float] | np.ndarray, line: str) -> str:

@@ -37,9 +37,10 @@ figcaption { font-size: .82rem; line-height: 1.4; color: #48515b; padding: .4rem
 figcaption b { color: #22272e; }
 .scroll { overflow: auto; max-height: 36rem; border: 1px solid var(--line); border-radius: .4rem; }
 table { border-collapse: collapse; width: 100%; font-size: .84rem; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: .28rem .6rem; border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
+th, td { text-align: left; padding: .28rem .6rem; border-bottom: 1px solid var(--line); overflow-wrap: break-word; }
 th { position: sticky; top: 0; background: var(--card); color: var(--soft); font-weight: 600; }
 tr:last-child td { border-bottom: 0; }
+.settings td:first-child { width: 14rem; }
 .right { text-align: right; white-space: nowrap; }
 pre { background: var(--card); border: 1px solid var(--line); border-radius: .4rem; padding: .7rem .9rem;
   white-space: pre-wrap; overflow-wrap: anywhere; font: .82rem/1.45 ui-monospace, "DejaVu Sans Mono", monospace; }
@@ -103,7 +104,8 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]], *, right: Iterable
 
 def settings(values: Mapping[str, Any]) -> str:
     """A table of names and values."""
-    return table(("name", "value"), [(k, "not set" if v is None else v) for k, v in values.items()])
+    rows = [(name, "not set" if value is None else value) for name, value in values.items()]
+    return f'<div class="settings">{table(("name", "value"), rows)}</div>'
 
 
 def figure(svg_html: str, title: str, caption: str, *, half: bool) -> str:

@@ -16,10 +16,12 @@ from lowrank_geo.canvas import (
     STEP,
     Axes,
     Figure,
+    beside,
     canvas,
     legend,
     log_scale,
     mark,
+    panels,
     scale,
     short,
     styled,
@@ -61,7 +63,7 @@ def learning_rate(series: Series) -> Figure:
 @styled
 def gradient_norm(series: Series) -> Figure:
     """The norm of the whole gradient before clipping."""
-    figure, axes = canvas(HALF, STEP, "gradient norm (loss per unit of weight)")
+    figure, axes = canvas(HALF, STEP, "gradient norm (loss per weight)")
     axes.plot(*_thin(_finite(series)), color=COLOURS[0], linewidth=0.9)
     log_scale(axes)
     return figure
@@ -70,17 +72,17 @@ def gradient_norm(series: Series) -> Figure:
 @styled
 def ranks(names: Sequence[str], ranks: Sequence[int], full: Sequence[int]) -> Figure:
     """The rank of each layer, in the order of the model, before its full rank min(m, n) in grey."""
-    what, count = "rank r, before the full rank min(m, n) in grey (columns)", len(names)
+    count = len(names)
     if count > NAMED:
-        return _numbered_ranks(names, ranks, full)
-    figure, axes = canvas(
-        (FULL[0], 0.8 + 0.17 * max(count, 3)), what, "layer (in the order of the model)"
-    )
+        return _ranks_by_kind(names, ranks, full)
+    size = (FULL[0], 0.8 + 0.17 * max(count, 3))
+    label = "rank r, before the full rank min(m, n) in grey (columns)"
+    figure, axes = canvas(size, label, "layer (in the order of the model)")
     places = list(range(count))
     axes.barh(places, full, color=FAINT, height=0.72)
     axes.barh(places, ranks, color=COLOURS[0], height=0.72)
     for place, rank, most in zip(places, ranks, full, strict=True):
-        axes.text(most, place, f"  {rank} of {most} ({rank / most:.0%})", va="center", fontsize=7.5)
+        beside(axes, most, place, f"{rank} of {most} ({rank / most:.0%})")
     axes.set_yticks(places, [short(name) for name in names])
     axes.set_xlim(0, 1.25 * max(full, default=1))
     axes.set_ylim(count - 0.4, -0.6)
@@ -88,18 +90,16 @@ def ranks(names: Sequence[str], ranks: Sequence[int], full: Sequence[int]) -> Fi
     return figure
 
 
-def _numbered_ranks(names: Sequence[str], ranks: Sequence[int], full: Sequence[int]) -> Figure:
-    figure, axes = canvas(
-        FULL, "layer (number in the order of the model)", "rank r; grey: min(m, n) (columns)"
-    )
-    axes.bar(range(1, len(names) + 1), full, width=1.0, color=FAINT)
-    numbers = {name: number for number, name in enumerate(names, 1)}
-    for colour, (kind, members) in zip(COLOURS, groups(names).items(), strict=False):
-        at = [numbers[name] for name in members]
-        axes.bar(at, [ranks[i - 1] for i in at], width=0.8, color=colour, label=short(kind, 24))
-    axes.set_xlim(0, len(names) + 1)
-    axes.grid(visible=False, axis="x")
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4)
+def _ranks_by_kind(names: Sequence[str], ranks: Sequence[int], full: Sequence[int]) -> Figure:
+    kinds, place = groups(names), {name: at for at, name in enumerate(names)}
+    label = "layer of its kind (number in the order of the model)"
+    figure, grid = panels(len(kinds), label, "rank r; grey: min(m, n) (columns)")
+    for axes, (kind, members), colour in zip(grid, kinds.items(), COLOURS, strict=False):
+        numbers, at = range(1, len(members) + 1), [place[name] for name in members]
+        axes.bar(numbers, [full[i] for i in at], width=1.0, color=FAINT)
+        axes.bar(numbers, [ranks[i] for i in at], width=0.8, color=colour)
+        axes.set_title(short(kind, 24))
+        axes.grid(visible=False, axis="x")
     return figure
 
 
@@ -107,20 +107,13 @@ def _numbered_ranks(names: Sequence[str], ranks: Sequence[int], full: Sequence[i
 def spectra(history: History[Sequence[float]]) -> Figure:
     """How the singular values spread over training: a fan of quantiles for each kind of layer."""
     kinds = groups(list(dict.fromkeys(name for _, layers in history for name in layers)))
-    columns = min(4, max(1, len(kinds)))
-    rows = max(1, -(-len(kinds) // columns))
-    figure = Figure(figsize=(FULL[0], 0.7 + 1.6 * rows))
-    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    figure, grid = panels(len(kinds), STEP, SIGMA)
     for axes, (kind, members), colour in zip(grid, kinds.items(), COLOURS, strict=False):
         mine = [(step, {n: layers[n] for n in members if n in layers}) for step, layers in history]
         steps, fan = quantiles(mine, FAN)
         _fan(axes, steps, _above_floor(fan), colour)
         axes.set_title(short(kind, 24))
-    for axes in grid[len(kinds) :]:
-        axes.set_visible(False)
     log_scale(grid[0])
-    figure.supxlabel(STEP)
-    figure.supylabel(SIGMA)
     return figure
 
 
@@ -137,6 +130,7 @@ def final_spectra(layers: Mapping[str, Sequence[float]], count: int = 4) -> Figu
         values = _above_floor(np.asarray(known[by_condition[place]], dtype=float))
         label = short(by_condition[place], 26)
         axes.plot(range(1, len(values) + 1), values, dash, color=colour, label=label)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     log_scale(axes)
     legend(axes)
     return figure
@@ -163,7 +157,7 @@ def contraction(history: History[float]) -> Figure:
     axes.plot(steps, median, mark(steps, "--"), color=COLOURS[0], label="median layer")
     axes.plot(steps, lowest, mark(steps, "-"), color=COLOURS[1], label="lowest layer")
     axes.axhline(1, color=GREY, linestyle=":", label="nothing lost")
-    legend(axes)
+    legend(axes, above=3)
     return figure
 
 
@@ -178,8 +172,8 @@ def parameters(dense: tuple[int, int], low_rank: tuple[int, int], *, bytes_each:
     axes.barh(places, factored, color=COLOURS[0], height=0.5, label="layers in the plan")
     axes.barh(places, rest, left=factored, color=COLOURS[5], height=0.5, label="all others")
     for place, total in zip(places, totals, strict=True):
-        share = f" {total / unit:.3g} ({total / max(sum(dense), 1):.0%})"
-        axes.text(total / unit, place, share, va="center", fontsize=7.5)
+        share = f"{total / unit:.3g} ({total / max(sum(dense), 1):.0%})"
+        beside(axes, total / unit, place, share)
     axes.set_yticks(places, ["dense", "low-rank"])
     axes.set_xlim(0, 1.35 * max(*totals, 1) / unit)
     axes.set_ylim(1.6, -0.6)

@@ -23,7 +23,8 @@ def write_report(run: str | Path) -> Path:
     title = f"Low-rank pre-training: {printable(path.name)}"
     figures = list(_figures(record, metrics)) or [page.paragraph("Nothing has been recorded yet.")]
     samples = [
-        page.sample(str(s.get("prompt", "")), str(s.get("text", ""))) for s in _objects(record.get("samples"))
+        page.sample(str(s.get("prompt", "")), str(s.get("text", "")))
+        for s in _objects(record.get("samples"))
     ]
     parts = [
         page.heading(title, str(record.get("status", "unknown"))),
@@ -72,36 +73,30 @@ def _summary(record: dict[str, Any], metrics: Metrics) -> str:
     """What was trained on what, with which result; says only what is known."""
     config, model = _part(record, "config"), _part(record, "model")
     sizes = [
-        f"{key.replace('_', ' ')} {model[key]}"
-        for key in ("layers", "width", "heads", "context")
-        if key in model
+        f"{key} {model[key]}" for key in ("layers", "width", "heads", "context") if key in model
     ]
     told = f"Model {config.get('model', 'unnamed')}" + (f" ({', '.join(sizes)})" if sizes else "")
-    told += f", trained on {_part(record, 'data').get('description', 'unnamed data')}"
-    told += f" with {config.get('optimizer', 'an unnamed optimizer')}"
+    told += f", trained with {config.get('optimizer', 'an unnamed optimizer')}"
     train = metrics.train.get("loss", EMPTY)
     if len(train.steps):
         told += f" for {int(train.steps[-1]):,} of {config.get('steps', 'unknown')} steps"
+    told += f". Data: {_part(record, 'data').get('description', 'unnamed')}"
     dense, ours = _counts(record)
     budget = number(_part(record, "plan").get("budget"))
     if dense and ours:
-        told += (
-            f". It has {ours:,} parameters, {ours / dense:.1%} of the {dense:,} of the dense model"
-        )
+        told += f". Parameters: {ours:,}, {ours / dense:.1%} of the {dense:,} of the dense model"
         told += f" (budget {budget:.1%})" if budget else ""
-    final = _last(metrics.held_out)
+    final, unit = _last(metrics.held_out), _unit(record)
     if final is not None:
-        told += (
-            f". Its loss on held-out text is {final:.4f} nats per {_unit(record)}, "
-            f"{final / math.log(2):.4f} bits per {_unit(record)}"
-        )
+        bits = final / math.log(2)
+        told += f". Loss on held-out text: {final:.4f} nats or {bits:.4f} bits per {unit}"
     return f"{told}."
 
 
 def _key_numbers(record: dict[str, Any], metrics: Metrics) -> Iterator[tuple[str, str, str]]:
     unit, final = _unit(record), _last(metrics.held_out)
     if final is not None:
-        yield "held-out loss", f"{final:.3f} nats/{unit}", f"{final / math.log(2):.3f} bits/{unit}"
+        yield "held-out loss", f"{final:.3f}", f"nats per {unit}; {final / math.log(2):.3f} bits"
     dense, ours = _counts(record)
     if dense and ours:
         yield "parameters", f"{ours:,}", f"{ours / dense:.1%} of {dense:,} dense"

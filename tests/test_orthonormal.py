@@ -93,7 +93,9 @@ def test_basis_does_not_depend_on_the_scale(scale):
 
 
 def test_basis_has_batch_dimensions_that_equal_a_loop():
-    K = torch.stack([graded(9, 3, c, torch.float64) for c in (1.0, 1e6, 1e12)] + [torch.zeros(9, 3)])
+    K = torch.stack(
+        [graded(9, 3, c, torch.float64) for c in (1.0, 1e6, 1e12)] + [torch.zeros(9, 3)]
+    )
     U = torch.stack([frame(9, 3) for _ in range(4)])
     for i, Q in enumerate(orthonormalize(K, U)):
         assert (Q - orthonormalize(K[i], U[i])).abs().max() < 1e-12
@@ -274,4 +276,4 @@ def test_msign_is_finite_and_at_most_one(scale, m, n, spread, seed):
     X = torch.randn(m, n) * 10 ** (-spread * torch.rand(n)) * 10**scale
     Y = msign(X)
     assert Y.isfinite().all()
-    assert torch.linalg.matrix_norm(Y, 2) <= 1 + 1e-5
+    assert torch.linalg.matrix_norm(Y, 2) <= 1 + 3e-5

@@ -5,7 +5,7 @@ import platform
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -101,7 +101,7 @@ class Recorder:
 
 def describe(trainer: Trainer) -> dict[str, Any]:
     """The run.json of a run that has not begun."""
-    corpus, plan = trainer.data.corpus, trainer.model.lowrank_plan
+    corpus, plan = trainer.data.corpus, cast(Plan, trainer.model.lowrank_plan)
     return {
         "status": "running",
         "config": trainer.config.to_json(),
