@@ -34,7 +34,6 @@ STEP = "training step (updates)"
 SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: small, searchable, escaped by matplotlib
-    "svg.hashsalt": "lowrank_geo",  # the same numbers give the same bytes
     "text.parse_math": False,  # a "$" in a layer's name is a dollar sign
     "font.family": ["DejaVu Sans", "sans-serif"],
     "font.size": 8.5,
@@ -51,6 +50,7 @@ STYLE: dict[Any, Any] = {
     "text.color": INK,
     "xtick.color": INK,
     "ytick.color": INK,
+    "axes.formatter.useoffset": False,
     "axes.grid": True,
     "axes.axisbelow": True,
     "grid.color": "#E8EBEE",
@@ -76,18 +76,21 @@ def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
 def to_svg(figure: Figure, title: str) -> str:
     """The figure as an <svg> element to put into a page: no prolog, no address, no ids that could collide.
 
-    `title` is what a screen reader says. The same figure gives the same text.
+    `title` is what a screen reader says, and is to differ between the figures of a page. The same figure gives the
+    same text.
     """
     text = StringIO()
     nothing: dict[str, Any] = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+    # The salt makes ids a function of the title and the content, not of the clock.
+    style = STYLE | {"svg.hashsalt": f"lowrank_geo {title}"}
+    with matplotlib.rc_context(style), warnings.catch_warnings():
         # The reader's browser picks the glyphs; our font only measures them.
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
         figure.savefig(text, format="svg", metadata=nothing)
     svg = text.getvalue()
     head, body = svg[svg.index("<svg ") :].split(">", 1)
     head = re.sub(r' (xmlns(:\w+)?|version|width|height)="[^"]*"', "", head)
-    body = re.sub(r'<g id="[^"]*">', "<g>", body)
+    body = re.sub(r'<g id="[^"]*"', "<g", body)
     return f'{head} role="img" aria-label="{escape(title)}">{body}'.strip()
 
 

@@ -3,6 +3,7 @@
 Everything here reads parameters and changes nothing. It waits for the device, so it belongs between steps.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -76,7 +77,7 @@ def _deviation(Q: Tensor) -> Tensor:
 
 
 def snapshot(model: nn.Module, optimizer: Any = None) -> dict[str, dict[str, Any]]:
-    """The layers' part of a "diagnostics" line of `metrics.jsonl`: plain numbers, ready for JSON.
+    """The layers' part of a "diagnostics" line of `metrics.jsonl`: plain numbers, None where JSON has none.
 
     "transport" holds |Tξ|/|ξ| of the last step for an optimizer that reports it, and is empty otherwise.
 
@@ -88,9 +89,13 @@ def snapshot(model: nn.Module, optimizer: Any = None) -> dict[str, dict[str, Any
     return {
         "ranks": {name: layer.rank for name, layer in lowrank_layers(model)},
         "spectra": {
-            name: [float(f"{value:.{DIGITS}g}") for value in values.tolist()]
+            name: [_finite(float(f"{value:.{DIGITS}g}")) for value in values.tolist()]
             for name, values in spectra(model).items()
         },
-        "orthonormality": orthonormality(model),
-        "transport": {name: float(value) for name, value in transports().items()},
+        "orthonormality": {name: _finite(value) for name, value in orthonormality(model).items()},
+        "transport": {name: _finite(float(value)) for name, value in transports().items()},
     }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

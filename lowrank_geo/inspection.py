@@ -25,7 +25,8 @@ except ModuleNotFoundError as missing:
         "lowrank_geo.inspection needs rich, which is not installed; pip install 'lowrank-geo[cli]'"
     ) from missing
 
-BARS, CELLS = "▁▂▃▄▅▆▇█", 16
+BARS, CELLS = "▁▂▃▄▅▆▇█", 9
+NUMBERS = ("shape", "rank", "σ max", "σ min", "effective\nrank", "stable\nrank", "|UᵀU−I|")
 
 
 class Layer(NamedTuple):
@@ -147,23 +148,15 @@ def _bytes_each(dtype: str) -> int:
 
 def render(inspection: Inspection) -> RenderableType:
     """The inspection for a terminal, with each layer's singular values as a small picture."""
-    table = Table(
-        title=Text(f"{printable(inspection.run.name)}, {inspection.status}, step {inspection.step}")
-    )
-    for head in (
-        "layer",
-        "m x n",
-        "rank",
-        "σ max",
-        "σ min",
-        "effective",
-        "stable",
-        "|UᵀU−I|",
-        "σ / σ max",
-    ):
-        table.add_column(head, justify="left" if head in ("layer", "σ / σ max") else "right")
+    title = f"{printable(inspection.run.name)}, {inspection.status}, step {inspection.step}"
+    # Without a box, nine columns and the names of a transformer's layers fit 80 characters.
+    table = Table(box=None, padding=(0, 1), pad_edge=False, collapse_padding=True)
+    table.add_column("layer", overflow="fold")
+    for head in NUMBERS:
+        table.add_column(head, justify="right", no_wrap=True)
+    table.add_column("σ / σ max", no_wrap=True)
     for x in inspection.layers:
-        row = [x.name, f"{x.m} x {x.n}", str(x.rank), f"{x.sigma[0]:.3g}", f"{x.sigma[-1]:.3g}"]
+        row = [x.name, f"{x.m}x{x.n}", str(x.rank), f"{x.sigma[0]:.3g}", f"{x.sigma[-1]:.3g}"]
         row += [f"{x.effective_rank:.1f}", f"{x.stable_rank:.1f}", f"{x.drift:.1e}", _bars(x.sigma)]
         table.add_row(*map(Text, row))
     shares = [
@@ -173,7 +166,7 @@ def render(inspection: Inspection) -> RenderableType:
             ("bytes", inspection.bytes, inspection.dense_bytes),
         )
     ]
-    return Group(table, *map(Text, shares))
+    return Group(Text(title, style="bold"), table, *map(Text, shares))
 
 
 def _bars(sigma: tuple[float, ...]) -> str:

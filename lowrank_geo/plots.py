@@ -16,6 +16,7 @@ from lowrank_geo.canvas import (
     STEP,
     Axes,
     Figure,
+    MaxNLocator,
     beside,
     canvas,
     legend,
@@ -30,7 +31,7 @@ from lowrank_geo.recorded import History, Series, groups, quantiles, running_mea
 
 POINTS = 600  # of one drawn curve; 7 inches show no more
 NAMED = 40  # the most layers whose bars have room for their names
-FLOOR = 1e-6  # of the largest singular value: where smaller ones are drawn on a log axis
+FLOOR = 1e-6  # of the largest value: where smaller ones are drawn on a log axis
 FAN = (0, 0.1, 0.5, 0.9, 1)  # quantiles of the singular values of one kind of layer
 DRIFT = 1e-5  # the bound on |UᵀU − I| after 10 000 float32 steps
 SIGMA = "singular value σ (units of W)"
@@ -42,9 +43,11 @@ def loss(train: Series, held_out: Series, *, unit: str = "nats per token") -> Fi
     figure, axes = canvas(FULL, STEP, f"loss ({unit})")
     raw = _finite(train)
     if len(raw.steps):
-        mean = Series(raw.steps, running_mean(np.asarray(raw.values), len(raw.steps) // 40))
-        axes.plot(*_thin(raw), color=PALE, linewidth=0.8, label="training, each record")
-        axes.plot(*_thin(mean), color=COLOURS[0], label="training, running mean")
+        reach = len(raw.steps) // 40
+        if reach:
+            axes.plot(*_thin(raw), color=PALE, linewidth=0.8, label="training, each record")
+        mean = Series(raw.steps, running_mean(np.asarray(raw.values), reach))
+        axes.plot(*_thin(mean), color=COLOURS[0], label="training" + ", running mean" * bool(reach))
     if len(held_out.steps):
         axes.plot(*_finite(held_out), "o--", color=COLOURS[1], markersize=4, label="held-out")
     legend(axes)
@@ -64,7 +67,8 @@ def learning_rate(series: Series) -> Figure:
 def gradient_norm(series: Series) -> Figure:
     """The norm of the whole gradient before clipping."""
     figure, axes = canvas(HALF, STEP, "gradient norm (loss per weight)")
-    axes.plot(*_thin(_finite(series)), color=COLOURS[0], linewidth=0.9)
+    steps, values = _thin(_finite(series))
+    axes.plot(steps, _above_floor(np.asarray(values)), color=COLOURS[0], linewidth=0.9)
     log_scale(axes)
     return figure
 
@@ -128,11 +132,11 @@ def final_spectra(layers: Mapping[str, Sequence[float]], count: int = 4) -> Figu
     chosen = np.unique(np.linspace(0, len(known) - 1, min(count, len(known))).round()).astype(int)
     for place, colour, dash in zip(chosen, COLOURS, DASHES, strict=False):
         values = _above_floor(np.asarray(known[by_condition[place]], dtype=float))
-        label = short(by_condition[place], 26)
+        label = short(by_condition[place], 20)
         axes.plot(range(1, len(values) + 1), values, dash, color=colour, label=label)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     log_scale(axes)
-    legend(axes)
+    legend(axes, above=2)
     return figure
 
 

@@ -31,6 +31,12 @@ def call(capsys, monkeypatch, tmp_path):
 
 
 @pytest.fixture
+def no_plots(monkeypatch):
+    """Drawing takes two seconds a run; one test here and those of the report do it."""
+    monkeypatch.setattr("lowrank_geo.train.recorder.write_report", lambda run: run / "report.html")
+
+
+@pytest.fixture
 def text(tmp_path):
     path = tmp_path / "<script>alert(1)</script>.txt".replace("/", "∕")
     path.write_text("".join(f"line {n} is {n * n % 97}\n" for n in range(400)))
@@ -64,6 +70,7 @@ def test_pretrain_then_everything_else(call, text, tmp_path):
     assert code == 0 and "resumed at step 4" in out
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_the_second_run_gets_a_folder_of_its_own(call, text, tmp_path):
     (tmp_path / "runs" / "1").mkdir(parents=True)
     assert call("pretrain", "--data", text, *TRAIN)[0] == 0
@@ -144,12 +151,14 @@ def test_debug_shows_the_traceback(call, monkeypatch):
         main()
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_an_option_that_the_run_does_not_have_is_refused_on_resume(call, text):
     assert call("pretrain", "--data", text, *TRAIN, "--out", "run")[0] == 0
     code, _, error = call("pretrain", "--resume", "run", "--batch", 2, "--steps", 9)
     assert code == 2 and "got --steps 9 where it has 4" in error
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_a_loss_that_is_not_finite_says_at_which_step_and_what_to_try(call, text, tmp_path):
     code, _, error = call(
         "pretrain", "--data", text, *TRAIN, "--steps", 50, "--out", "run", "--optimizer", "sgd",
@@ -160,6 +169,7 @@ def test_a_loss_that_is_not_finite_says_at_which_step_and_what_to_try(call, text
     assert read_record(tmp_path / "run")["status"] == "failed"
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_a_corrupt_run_is_one_sentence(call, text, tmp_path):
     assert call("pretrain", "--data", text, *TRAIN, "--out", "run")[0] == 0
     for state in (tmp_path / "run" / "checkpoints").glob("*/state.json"):

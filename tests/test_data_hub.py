@@ -66,6 +66,12 @@ def test_refuses_rows_without_text(tmp_path: Path, rows: list[Any], reason: str)
         load_corpus(write_rows(tmp_path / "train.jsonl", rows))
 
 
+def test_refuses_a_dataset_without_rows(tmp_path: Path) -> None:
+    (tmp_path / "train.txt").touch()
+    with pytest.raises(ValueError, match="needs rows of text, got none in 'hf:.*'; try another"):
+        load_corpus(f"hf:{tmp_path}")
+
+
 def test_refuses_a_damaged_or_empty_dataset(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="doesn't contain any data files"):
         load_corpus(f"hf:{tmp_path}")

@@ -108,7 +108,9 @@ def test_splits_words_as_the_library_does() -> None:
 
 def test_a_document_longer_than_a_block_is_whole() -> None:
     text = "word " * _BLOCK
-    assert BPE.decode(BPE.encode_documents([text, text])) == text * 2
+    tokens = BPE.encode_documents([text, text])
+    assert BPE.decode(tokens) == text * 2
+    assert (tokens == BPE.end_of_document).sum() == 2
 
 
 def test_a_short_text_runs_out_of_merges() -> None:

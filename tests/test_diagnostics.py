@@ -56,6 +56,15 @@ def test_a_broken_layer_does_not_hide_the_others(model):
     assert math.isnan(drifts["0"]) and drifts["2"] < 1e-6
 
 
+def test_snapshot_of_a_broken_layer_is_strict_json(model):
+    with torch.no_grad():
+        model[0].S[1, 1] = model[0].U[0, 0] = torch.nan
+    snapshot = diagnostics.snapshot(model)
+    assert json.loads(json.dumps(snapshot, allow_nan=False)) == snapshot
+    assert snapshot["spectra"]["0"] == [None] * 3 and snapshot["orthonormality"]["0"] is None
+    assert all(snapshot["spectra"]["2"])
+
+
 def test_orthonormality_is_the_worse_of_the_two_frames(model):
     with torch.no_grad():
         model[0].V[:, 2] *= 1.1

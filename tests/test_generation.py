@@ -41,10 +41,10 @@ def test_draws_follow_the_softmax(model):
     p = model(PROMPT[None])[0, -1].div(0.5).softmax(-1)
     top = p.topk(3)
     counts = torch.zeros(257)
-    for seed in range(2000):
+    for seed in range(600):
         counts[generate(model, PROMPT, count=1, temperature=0.5, top_k=3, seed=seed)[-1]] += 1
-    # Standard error at most .0112: five of them.
-    assert (counts[top.indices] / 2000 - top.values / top.values.sum()).abs().max() < 0.056
+    # Standard error at most .0204: five of them.
+    assert (counts[top.indices] / 600 - top.values / top.values.sum()).abs().max() < 0.102
     assert counts.sum() == counts[top.indices].sum()
 
 
