@@ -25,7 +25,7 @@ except ModuleNotFoundError as missing:
         "lowrank_geo.inspection needs rich, which is not installed; pip install 'lowrank-geo[cli]'"
     ) from missing
 
-BARS, CELLS = "▁▂▃▄▅▆▇█", 9
+BARS, CELLS = "▁▂▃▄▅▆▇█", 8
 NUMBERS = ("shape", "rank", "σ max", "σ min", "effective\nrank", "stable\nrank", "|UᵀU−I|")
 
 
@@ -154,7 +154,7 @@ def render(inspection: Inspection) -> RenderableType:
     table.add_column("layer", overflow="fold")
     for head in NUMBERS:
         table.add_column(head, justify="right", no_wrap=True)
-    table.add_column("σ / σ max", no_wrap=True)
+    table.add_column("spectrum", no_wrap=True)
     for x in inspection.layers:
         row = [x.name, f"{x.m}x{x.n}", str(x.rank), f"{x.sigma[0]:.3g}", f"{x.sigma[-1]:.3g}"]
         row += [f"{x.effective_rank:.1f}", f"{x.stable_rank:.1f}", f"{x.drift:.1e}", _bars(x.sigma)]

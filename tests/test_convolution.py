@@ -143,7 +143,7 @@ def image(memory_format, channels=4, dtype=torch.float64):
     return torch.randn(2, channels, 6, 5, dtype=dtype).to(memory_format=memory_format)
 
 
-@pytest.mark.parametrize("kernel, stride, dilation", [(1, 1, 1), (3, 1, 1), (2, 2, 1), (2, 1, 2)])
+@pytest.mark.parametrize("kernel, stride, dilation", [(1, 1, 1), (3, 2, 1), (2, 1, 2)])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_operators_keep_the_promises_of_custom_operators(kernel, stride, dilation, memory_format):
     layer = LowRankConv2d(4, 6, kernel, 3, dtype=torch.float64)
