@@ -24,6 +24,7 @@ lint: $(INSTALLED)
 	  --cache-dir ../../.mypy_cache -p lowrank_geo
 
 bench: $(INSTALLED)
+	$(BIN)/python benchmarks/layer.py
 	$(BIN)/python benchmarks/pretrain.py --quick
 
 docs: $(INSTALLED)

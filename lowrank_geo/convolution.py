@@ -11,7 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowrank_geo.functional import GRADIENTS, Gradient, refuse_double_backward
+from lowrank_geo.functional import (
+    GRADIENTS,
+    Gradient,
+    autocast,
+    refuse_double_backward,
+    refuse_forward_derivatives,
+)
 
 
 class ConvGeometry(NamedTuple):
@@ -67,13 +73,12 @@ def lowrank_conv2d(
         )
     if x.dim() == 3:
         return lowrank_conv2d(x[None], U, S, V, bias, geometry, gradient=gradient)[0]
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        x = x.to(torch.get_autocast_dtype(device))
+    x = autocast(x)
     if any(geometry.padding):
         x = F.pad(x, geometry.padding, geometry.padding_mode)
     stride, dilation = list(geometry.stride), list(geometry.dilation)
     if gradient == "tangent":
+        refuse_forward_derivatives(x, U, S, V)
         y = tangent_conv2d(x, U, S, V, [kh, kw], stride, dilation)[0]
         return y if bias is None else y + bias.to(y.dtype)[:, None, None]
     a = F.conv2d(x, kernel(V, x, [kh, kw]), None, stride, 0, dilation)
@@ -87,6 +92,15 @@ def kernel(V: Tensor, x: Tensor, size: list[int]) -> Tensor:
     Shapes: V (c·kh·kw, r), x (B, c, H, W) -> (r, c, kh, kw).
     """
     return V.to(x.dtype).mT.reshape(V.shape[1], x.shape[1], *size)
+
+
+def layout(x: Tensor) -> torch.memory_format:
+    """channels_last for an image stored that way, else rows: what all images made from x have.
+
+    Shapes: x (B, c, H, W).
+    """
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
 
 
 @torch.library.custom_op("lowrank_geo::tangent_conv2d", mutates_args=())
@@ -104,7 +118,8 @@ def tangent_conv2d(
     Shapes: x (B, c, H, W), already padded -> y (B, m, H', W'), a (B, r, H', W').
     """
     a = F.conv2d(x, kernel(V, x, size), None, stride, 0, dilation)
-    return F.conv2d(a, (U.to(x.dtype) @ S.to(x.dtype))[..., None, None]), a
+    y = F.conv2d(a, (U.to(x.dtype) @ S.to(x.dtype))[..., None, None])
+    return y.contiguous(memory_format=layout(x)), a.contiguous(memory_format=layout(x))
 
 
 @tangent_conv2d.register_fake
@@ -118,7 +133,9 @@ def _(
     dilation: list[int],
 ) -> tuple[Tensor, Tensor]:
     a = F.conv2d(x, kernel(V, x, size), None, stride, 0, dilation)
-    return a.new_empty(a.shape[0], U.shape[0], *a.shape[2:]), a
+    y = a.new_empty(a.shape[0], U.shape[0], *a.shape[2:])
+    like = layout(x)
+    return torch.empty_like(y, memory_format=like), torch.empty_like(a, memory_format=like)
 
 
 @torch.library.custom_op("lowrank_geo::tangent_conv2d_backward", mutates_args=())
@@ -151,7 +168,13 @@ def tangent_conv2d_backward(
     GtU = transposed(b, [False, True, False])[1].flatten(1).mT.to(U.dtype)
     GV = torch.einsum("bmhw,brhw->mr", g, a).to(U.dtype)
     M = U.mT @ GV
-    return dx, GV - U @ M, M, GtU - V @ (V.mT @ GtU)
+    Vp = GtU - V @ (V.mT @ GtU)
+    return (
+        dx.contiguous(memory_format=layout(x)),
+        (GV - U @ M).contiguous(),
+        M.contiguous(),
+        Vp.contiguous(),
+    )
 
 
 @tangent_conv2d_backward.register_fake
@@ -159,7 +182,8 @@ def _(
     g: Tensor, x: Tensor, a: Tensor, U: Tensor, S: Tensor, V: Tensor,
     size: list[int], stride: list[int], dilation: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return torch.empty_like(x), torch.empty_like(U), torch.empty_like(S), torch.empty_like(V)
+    dx = torch.empty_like(x, memory_format=layout(x))
+    return dx, U.new_empty(U.shape), S.new_empty(S.shape), V.new_empty(V.shape)
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple) -> None:

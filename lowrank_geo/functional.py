@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 Gradient = Literal["factors", "tangent"]
 GRADIENTS: tuple[Gradient, ...] = ("factors", "tangent")
@@ -40,10 +41,9 @@ def lowrank_linear(
         raise ValueError(
             f"lowrank_linear needs gradient 'factors' or 'tangent', got {gradient!r}; use one of them"
         )
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        x = x.to(torch.get_autocast_dtype(device))
+    x = autocast(x)
     if gradient == "tangent":
+        refuse_forward_derivatives(x, U, S, V)
         y = tangent_linear(x.reshape(-1, x.shape[-1]), U, S, V)[0]
         y = y.reshape(*x.shape[:-1], U.shape[0])
         return y if bias is None else y + bias.to(y.dtype)
@@ -51,6 +51,28 @@ def lowrank_linear(
     left, right = fold(x.numel() // max(x.shape[-1], 1), U.to(x.dtype), S.to(x.dtype))
     a = x @ V.to(x.dtype)
     return F.linear(a if right is None else a @ right, left, bias)
+
+
+def autocast(x: Tensor) -> Tensor:
+    """x in the dtype that autocast would give a linear layer: float64 is left alone.
+
+    Shapes: (...) -> (...).
+    """
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return x
+    return x.to(torch.get_autocast_dtype(device))
+
+
+def refuse_forward_derivatives(*inputs: Tensor) -> None:
+    """Raise RuntimeError if an input carries a forward-mode tangent, which the operator would silently drop."""
+    if forward_ad._current_level < 0:
+        return
+    if any(forward_ad.unpack_dual(x).tangent is not None for x in inputs):
+        raise RuntimeError(
+            "lowrank_linear needs gradient='factors' for forward derivatives, got 'tangent'; "
+            "set layer.gradient = 'factors' before the forward pass"
+        )
 
 
 def fold(tokens: int, U: Tensor, S: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -93,14 +115,16 @@ def tangent_linear_backward(
     GV, GtU = (g.mT @ a).to(U.dtype), (x.mT @ b).to(U.dtype)
     # In low precision bᵀa is not UᵀGV to the rounding of U, and the gauge would leak.
     M = U.mT @ GV
-    return dx, GV - U @ M, M, GtU - V @ (V.mT @ GtU if g.dtype != U.dtype else M.mT)
+    Vp = GtU - V @ (V.mT @ GtU if g.dtype != U.dtype else M.mT)
+    # The products may come back transposed; the fake kernel, and so torch.compile, counts on rows.
+    return dx.contiguous(), (GV - U @ M).contiguous(), M.contiguous(), Vp.contiguous()
 
 
 @tangent_linear_backward.register_fake
 def _(
     g: Tensor, x: Tensor, a: Tensor, U: Tensor, S: Tensor, V: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(U), torch.empty_like(S), torch.empty_like(V)
+    return x.new_empty(x.shape), U.new_empty(U.shape), S.new_empty(S.shape), V.new_empty(V.shape)
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple) -> None:

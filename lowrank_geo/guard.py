@@ -33,12 +33,15 @@ def is_marked(parameter: Tensor) -> bool:
     return parameter in _tangent
 
 
-def _refuse_foreign_optimizer(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+def _refuse_foreign_optimizer(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
     if getattr(optimizer, "reads_tangent_gradients", False):
         return
+    # A closure makes the gradients only after this hook; `args` may begin with the optimizer itself.
+    given = [x for x in (*args, *kwargs.values()) if x is not optimizer]
+    closure = any(callable(x) for x in given)
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            if parameter.grad is not None and is_marked(parameter):
+            if (closure or parameter.grad is not None) and is_marked(parameter):
                 raise RuntimeError(
                     f"{type(optimizer).__name__}.step needs ordinary gradients, got tangent gradients of a "
                     f"low-rank layer (a factor of shape {tuple(parameter.shape)}); use an optimizer of "

@@ -1,6 +1,7 @@
 """Layers whose weight is a point W = U S Vᵀ, kept as three plain parameters U, S, V."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -58,6 +59,9 @@ class LowRankLayer(nn.Module):
             )
         if value == "tangent":
             check_orthonormal(self.point, type(self).__name__)
+        if value != self._gradient:
+            for factor in self.point:
+                factor.grad = None  # of the old meaning
         self._gradient = value
         self._mark()
 
@@ -67,7 +71,9 @@ class LowRankLayer(nn.Module):
     def matrix(self) -> Tensor:
         """W as a differentiable (m, n) matrix; its gradient follows `gradient`."""
         identity = torch.eye(self.V.shape[0], dtype=self.V.dtype, device=self.V.device)
-        with torch.autocast(self.V.device.type, enabled=False):
+        device = self.V.device.type
+        available = torch.amp.is_autocast_available(device)  # not on meta
+        with torch.autocast(device, enabled=False) if available else nullcontext():
             return lowrank_linear(identity, *self.point, gradient=self._gradient).mT
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -87,13 +93,18 @@ class LowRankLayer(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        before = [(p, p.detach().clone()) for p in self.parameters(recurse=False)]
+        names = [name for name, _ in self.named_parameters(recurse=False)]
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self._mark()
         if self._gradient == "tangent":
             try:
                 check_orthonormal(self.point, f"load_state_dict of {prefix or 'the layer'}")
             except ValueError as error:
                 args[-1].append(str(error))
+                for name, (parameter, value) in zip(names, before, strict=True):
+                    parameter.data = value
+                    setattr(self, name, parameter)
+        self._mark()
 
 
 def check_orthonormal(point: Point, call: str) -> None:

@@ -101,7 +101,7 @@ def load_pretrained(directory: str | os.PathLike[str], model: nn.Module | None =
 def _publish(workspace: Path, folder: Path) -> None:
     """Move the finished files into place, each at once, and make that last."""
     names = [n for n in (CONFIG, GENERATION, WEIGHTS, PLAN) if (workspace / n).exists()]
-    for name in names[:0]:
+    for name in names:
         with open(workspace / name, "rb+") as file:
             os.fsync(file.fileno())
     for name in names:

@@ -8,6 +8,7 @@ import torch
 from tiny_models import forge, hugging_face, same
 from torch import nn
 
+from lowrank_geo.architecture import skeleton
 from lowrank_geo.convert import convert, to_dense
 from lowrank_geo.models.decoder import Decoder, DecoderConfig
 from lowrank_geo.saving import load_pretrained, save_pretrained
@@ -49,11 +50,16 @@ def test_decoder_is_rebuilt_with_the_same_logits(tmp_path, tied, dtype):
     assert loaded.config == config
 
 
-def test_loading_draws_no_random_numbers_and_leaves_no_hook(tmp_path):
-    save_pretrained(convert(Decoder(SIZES), ratio=0.25), tmp_path)
+def test_skeleton_has_real_buffers_draws_no_random_numbers_and_leaves_no_hook():
+    def build():
+        model = nn.Sequential(nn.Linear(4, 4))
+        model.register_buffer("noise", torch.randn(3))
+        return model
+
     before = torch.get_rng_state()
-    load_pretrained(tmp_path)
+    model = skeleton(build)
     assert torch.equal(torch.get_rng_state(), before)
+    assert model[0].weight.is_meta and not model.noise.is_meta and not model.training
     assert not nn.Linear(2, 2).weight.is_meta
 
 

@@ -2,22 +2,13 @@
 
 import pytest
 import torch
-from tiny_models import hugging_face
+from tiny_models import hugging_face, mlp, numel
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 from lowrank_geo.candidates import find_candidates
 from lowrank_geo.convert import convert
 from lowrank_geo.plan import plan_ranks
-
-
-def numel(model):
-    return sum(p.numel() for p in model.parameters())
-
-
-def mlp(*widths, bias=True):
-    pairs = zip(widths, widths[1:], strict=False)
-    return nn.Sequential(*(nn.Linear(n, m, bias) for n, m in pairs))
 
 
 class Sub(nn.Linear):

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from tiny_models import hugging_face
+from tiny_models import hugging_face, relative
 from torch import nn
 
 from lowrank_geo.convert import convert, to_dense, to_factors
@@ -16,10 +16,6 @@ TOL = {
     torch.float64: 5e-14,
     torch.float32: 3e-6,
 }  # 10 x the worst of 20 draws of all cases, relative
-
-
-def relative(found, wanted):
-    return ((found - wanted).norm() / wanted.norm()).item()
 
 
 def test_error_in_the_plan_is_that_of_the_best_approximation():

@@ -246,7 +246,7 @@ def test_autocast_computes_in_bfloat16_and_keeps_gradients_in_float32(
     found = torch.autograd.grad(y, [x, *factors, bias], c.bfloat16())
     expected, wanted = gradients(x, factors, bias, c, mode)
     assert y.dtype == torch.bfloat16 and all(g.dtype == torch.float32 for g in found)
-    assert (y - expected).norm() < 0.1 * expected.norm()
+    assert (y - expected).norm() < 0.05 * expected.norm()
     assert all((a - b).norm() < 0.1 * (1 + b.norm()) for a, b in zip(found, wanted, strict=True))
 
 
@@ -258,7 +258,7 @@ def test_tangent_gradient_stays_in_the_gauge_under_autocast(problem, tokens, m, 
         y = lowrank_linear(x, U, S, V, bias, gradient="tangent")
     Up, _, Vp = torch.autograd.grad(y, [U, S, V], c.bfloat16())
     G = (c.T @ x).norm()
-    assert (U.mT @ Up).norm() < 1e-5 * G and (V.mT @ Vp).norm() < 1e-5 * G
+    assert (U.mT @ Up).norm() < 1e-6 * G and (V.mT @ Vp).norm() < 1e-6 * G
 
 
 @pytest.mark.parametrize("mode", MODES)

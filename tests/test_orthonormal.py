@@ -38,7 +38,7 @@ def test_basis_is_orthonormal_and_spans_whatever_the_condition(m, r, condition, 
     K = graded(m, r, condition, dtype)
     Q = orthonormalize(K, frame(m, r, dtype))
     assert orthonormality(Q) <= ORTHONORMAL[dtype]
-    assert residual(K, Q) <= 10  # at most 4.2 in 200 draws
+    assert residual(K, Q) <= 10  # at most 4.7 in 400 draws
 
 
 @pytest.mark.parametrize("m, r", FRAMES[1:])
@@ -138,7 +138,7 @@ def rotation_step(U, size, *, rank=None):
 
 
 STEPS = [(0.01, None), (0.3, None), (0.7, 1), (0.99, None), (0.99, 1)]
-POLAR_TOL = {torch.float32: 5e-6, torch.float64: 5e-14}  # 10 x the worst of 200 draws
+POLAR_TOL = {torch.float32: 5e-6, torch.float64: 2e-14}  # 10 x the worst of 200 draws
 
 
 @pytest.mark.parametrize("size, rank", STEPS)
@@ -194,9 +194,9 @@ def test_polar_update_has_batch_dimensions_that_equal_a_loop():
         assert (Q - polar_update(U[i], D[i])).abs().max() < 1e-14
 
 
-# In the spectral norm, 10 x the worst of 300 draws up to the condition number 100; float32 below that resolves the
-# Gram of a singular value ε|X| to a few per cent.
-SIGN_TOL = {torch.float32: 2e-3, torch.float64: 1e-11}
+# In the spectral norm, 10 x the worst of 270 draws up to condition 100. Below that, float32 resolves the Gram of a
+# singular value near ε|X| to a few per cent.
+SIGN_TOL = {torch.float32: 2e-3, torch.float64: 5e-12}
 TALL_AND_WIDE = [(5, 1), (1, 7), (8, 8), (40, 16), (16, 40), (300, 256)]
 
 
@@ -219,7 +219,7 @@ def test_msign_matches_the_formula(m, n, condition, dtype):
 
 @pytest.mark.parametrize("condition", [1e3, 1e4, 1e6, 1e12])
 @pytest.mark.parametrize("m, n", TALL_AND_WIDE)
-@pytest.mark.parametrize("dtype, bound", [(torch.float32, 5e-2), (torch.float64, 2e-10)], ids=str)
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 9e-2), (torch.float64, 2e-10)], ids=str)
 def test_msign_matches_the_formula_for_singular_values_below_the_damping(
     m, n, condition, dtype, bound
 ):
@@ -230,7 +230,7 @@ def test_msign_matches_the_formula_for_singular_values_below_the_damping(
 @pytest.mark.parametrize("damping", [1e-1, 1e-2, 1e-3])
 def test_msign_follows_its_damping(damping):
     X = spectrum(20, 6, 50.0, torch.float64)
-    assert sign_error(X, msign(X, damping=damping), damping) <= 1e-10
+    assert sign_error(X, msign(X, damping=damping), damping) <= 1e-12  # 90 draws
 
 
 @pytest.mark.parametrize("scale", [1e-38, 1e-30, 1e-20, 1.0, 1e20, 1e30, 1e37])

@@ -5,21 +5,12 @@ import math
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_models import mlp, numel
 from torch import nn
 
 from lowrank_geo.allocation import factored_size
 from lowrank_geo.convert import convert
 from lowrank_geo.plan import current_plan, plan_ranks
-
-
-def numel(model):
-    return sum(p.numel() for p in model.parameters())
-
-
-def mlp(*widths, bias=True):
-    pairs = zip(widths, widths[1:], strict=False)
-    return nn.Sequential(*(nn.Linear(n, m, bias) for n, m in pairs))
-
 
 WIDTHS = st.lists(st.integers(1, 40), min_size=2, max_size=5)
 

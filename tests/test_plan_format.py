@@ -4,15 +4,11 @@ import json
 import math
 
 import pytest
+from tiny_models import mlp
 from torch import nn
 
 from lowrank_geo.convert import convert
 from lowrank_geo.plan import Plan, plan_ranks
-
-
-def mlp(*widths, bias=True):
-    pairs = zip(widths, widths[1:], strict=False)
-    return nn.Sequential(*(nn.Linear(n, m, bias) for n, m in pairs))
 
 
 def test_table_is_aligned_and_adds_up():

@@ -3,14 +3,10 @@
 import math
 
 import pytest
+from tiny_models import mlp
 from torch import nn
 
 from lowrank_geo.plan import plan_ranks
-
-
-def mlp(*widths, bias=True):
-    pairs = zip(widths, widths[1:], strict=False)
-    return nn.Sequential(*(nn.Linear(n, m, bias) for n, m in pairs))
 
 
 def test_one_rank_leaves_layers_dense_that_it_does_not_shrink():

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from tiny_models import relative
 from torch import nn
 
 from lowrank_geo.convert import convert, to_dense, to_factors
@@ -21,10 +22,6 @@ def truncate(weight, rank):
     with torch.no_grad():
         U, sigma, Vt = torch.linalg.svd(weight.flatten(1), full_matrices=False)
         weight.copy_(((U[:, :rank] * sigma[:rank]) @ Vt[:rank]).reshape(weight.shape))
-
-
-def relative(found, wanted):
-    return ((found - wanted).norm() / wanted.norm()).item()
 
 
 def conv1d():

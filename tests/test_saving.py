@@ -157,3 +157,25 @@ def test_refuses_another_model(saved):
 def test_refuses_to_guess_the_class(saved):
     with pytest.raises(ValueError, match="pass it freshly built as `model`"):
         load_pretrained(saved)
+
+
+def test_tensors_that_share_memory_are_saved_apart(tmp_path):
+    model = convert(nn.Sequential(nn.Linear(16, 16)), rank=2)
+    model.register_buffer("view", model[0].bias.detach()[:4])
+    save_pretrained(model, tmp_path)
+    fresh = nn.Sequential(nn.Linear(16, 16))
+    fresh.register_buffer("view", torch.zeros(4))
+    assert same(load_pretrained(tmp_path, fresh), model)
+
+
+def test_refuses_a_model_on_meta_whose_computed_buffers_no_file_holds(tmp_path):
+    def build(device):
+        model = nn.Sequential(nn.Linear(16, 16, device=device))
+        model.register_buffer("table", torch.ones(3, device=device), persistent=False)
+        return model
+
+    save_pretrained(convert(build("cpu"), rank=2), tmp_path)
+    model = build("meta")
+    with pytest.raises(ValueError, match="got 'table' on meta; build the model on a real device"):
+        load_pretrained(tmp_path, model)
+    assert type(model[0]) is nn.Linear

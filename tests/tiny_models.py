@@ -9,9 +9,23 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from lowrank_geo.saved_files import DIGEST, PLAN, WEIGHTS
+
+
+def mlp(*widths: int, bias: bool = True) -> nn.Sequential:
+    """Linear layers from each width to the next."""
+    pairs = zip(widths, widths[1:], strict=False)
+    return nn.Sequential(*(nn.Linear(n, m, bias) for n, m in pairs))
+
+
+def numel(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def relative(found: Tensor, wanted: Tensor) -> float:
+    return ((found - wanted).norm() / wanted.norm()).item()
 
 
 def hugging_face(name: str) -> nn.Module:
