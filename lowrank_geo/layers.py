@@ -69,12 +69,15 @@ class LowRankLayer(nn.Module):
         (guard.mark if self._gradient == "tangent" else guard.unmark)(self.point)
 
     def matrix(self) -> Tensor:
-        """W as a differentiable (m, n) matrix; its gradient follows `gradient`."""
+        """W as a differentiable (m, n) matrix in the dtype of the bias, if there is one; its gradient
+        follows `gradient`.
+        """
         identity = torch.eye(self.V.shape[0], dtype=self.V.dtype, device=self.V.device)
         device = self.V.device.type
         available = torch.amp.is_autocast_available(device)  # not on meta
         with torch.autocast(device, enabled=False) if available else nullcontext():
-            return lowrank_linear(identity, *self.point, gradient=self._gradient).mT
+            W = lowrank_linear(identity, *self.point, gradient=self._gradient).mT
+        return W if self.bias is None else W.to(self.bias.dtype)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -72,7 +72,7 @@ def polar(point: Point, step: Tangent) -> Point:
     """Retraction of the product metric: U ← polar(U + ΔU), S ← S + ΔS, V ← polar(V + ΔV).
 
     The frames rotate as little as possible, so optimizer state needs only a projection
-    afterwards. Rotations of more than 45° are cut to 45°.
+    afterwards. Rotations of more than 45° may be cut, to 51° at most.
 
     Shapes: as `Point`, with the step (ΔU, ΔS, ΔV) in a `Tangent` -> `Point`.
     """

@@ -30,7 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "retraction": {"geometry", "orthonormal"},
     "manifold": {"geometry", "retraction"},
     "layers": {"geometry", "guard", "init", "functional", "convolution"},
-    "optim": {"geometry", "orthonormal", "retraction", "guard", "layers", "optim"},
+    "optim": {"functional", "geometry", "orthonormal", "retraction", "guard", "layers", "optim"},
 }
 
 

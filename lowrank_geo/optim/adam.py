@@ -30,7 +30,7 @@ class RiemannianAdam(RiemannianOptimizer):
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float | Tensor = 3e-3,
+        lr: float | Tensor = 5e-3,
         *,
         betas: tuple[float, float] = (0.95, 0.95),
         eps: float = 1e-8,

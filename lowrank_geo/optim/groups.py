@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowrank_geo.functional import Gradient
 from lowrank_geo.geometry import Point
 from lowrank_geo.layers import check_orthonormal, lowrank_layers
 
@@ -18,9 +19,10 @@ def param_groups(
     euclidean_lr: float | Tensor | None = None,
     weight_decay: float | None = None,
     dense: tuple[str, ...] = ("lm_head", "embed"),
+    gradient: Gradient = "tangent",
 ) -> list[dict[str, Any]]:
     """Parameter groups for an optimizer of `lowrank_geo.optim`; switches low-rank layers to
-    gradient="tangent".
+    `gradient`.
 
     Four groups, empty ones left out: the triples of the low-rank layers, the remaining weight
     matrices of linear layers and convolutions (spectral optimizers treat them as matrices), other
@@ -29,13 +31,14 @@ def param_groups(
 
     Args: lr, euclidean_lr: of the triples, of everything else; None for the default of the
         optimizer. dense: parts of module names that hold embeddings or output heads, never
-        treated as matrices.
+        treated as matrices. gradient: "factors" for optimizers of other packages, which may leave
+        U and V as they like.
     Raises: ValueError if a triple is only partly frozen or its U or V is not orthonormal.
     """
     layers = dict(lowrank_layers(model))
     trained = {name: layer for name, layer in layers.items() if trains(name, layer.point)}
     for layer in trained.values():
-        layer.gradient = "tangent"
+        layer.gradient = gradient
     triples = [p for layer in trained.values() for p in layer.point]
     factors = {id(p) for layer in layers.values() for p in layer.point}
     matrices = {

@@ -33,7 +33,7 @@ class RiemannianMuon(RiemannianOptimizer):
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float | Tensor = 5e-3,
+        lr: float | Tensor = 1e-2,
         *,
         momentum: float = 0.95,
         nesterov: bool = True,

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lowrank_geo.layers import lowrank_layers
+from lowrank_geo.functional import Gradient
 from lowrank_geo.optim.adam import RiemannianAdam
 from lowrank_geo.optim.groups import param_groups
 from lowrank_geo.optim.muon import RiemannianMuon
@@ -21,14 +21,14 @@ class Named(NamedTuple):
     make: Callable[[list[dict[str, Any]]], Optimizer]
     lr: float
     euclidean_lr: float
-    tangent: bool = True  # whether it reads tangent gradients
+    gradient: Gradient = "tangent"  # what it reads
 
 
 OPTIMIZERS: dict[str, Named] = {
-    "adam": Named(RiemannianAdam, 3e-3, 2e-3),
-    "adamw": Named(torch.optim.AdamW, 2e-3, 2e-3, tangent=False),
-    "muon": Named(RiemannianMuon, 5e-3, 2e-3),
-    "muon-embedded": Named(partial(RiemannianMuon, metric="embedded"), 5e-3, 2e-3),
+    "adam": Named(RiemannianAdam, 5e-3, 2e-3),
+    "adamw": Named(torch.optim.AdamW, 2e-3, 2e-3, gradient="factors"),
+    "muon": Named(RiemannianMuon, 1e-2, 2e-3),
+    "muon-embedded": Named(partial(RiemannianMuon, metric="embedded"), 2e-2, 2e-3),
     "sgd": Named(RiemannianSGD, 0.1, 0.1),
 }
 
@@ -56,8 +56,6 @@ def build(
         lr=named.lr if lr is None else lr,
         euclidean_lr=named.euclidean_lr if euclidean_lr is None else euclidean_lr,
         weight_decay=weight_decay,
+        gradient=named.gradient,
     )
-    if not named.tangent:
-        for _, layer in lowrank_layers(model):
-            layer.gradient = "factors"
     return named.make(groups)
