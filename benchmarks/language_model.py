@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import lowrank_geo.flops  # noqa: F401  (registers the counts of our operators)
 from lowrank_geo import convert, lowrank_layers, param_groups, plan_ranks, to_factors
 from lowrank_geo.data import Batches, ByteTokenizer, encode_corpus, load_corpus, windows
 from lowrank_geo.models.decoder import Decoder, DecoderConfig

@@ -5,6 +5,7 @@ The kernel, as an out_channels × (in_channels·kh·kw) matrix, is U S Vᵀ. Gra
 meanings of `lowrank_geo.functional`.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -78,7 +79,7 @@ def lowrank_conv2d(
         x = F.pad(x, geometry.padding, geometry.padding_mode)
     stride, dilation = list(geometry.stride), list(geometry.dilation)
     if gradient == "tangent":
-        refuse_forward_derivatives(x, U, S, V)
+        refuse_forward_derivatives("lowrank_conv2d", x, U, S, V)
         y = tangent_conv2d(x, U, S, V, [kh, kw], stride, dilation)[0]
         return y if bias is None else y + bias.to(y.dtype)[:, None, None]
     a = F.conv2d(x, kernel(V, x, [kh, kw]), None, stride, 0, dilation)
@@ -199,4 +200,4 @@ def _backward(ctx: Any, g: Tensor, _: Tensor) -> tuple:
 
 
 tangent_conv2d.register_autograd(_backward, setup_context=_save)
-tangent_conv2d_backward.register_autograd(refuse_double_backward)
+tangent_conv2d_backward.register_autograd(partial(refuse_double_backward, "lowrank_conv2d"))

@@ -7,6 +7,7 @@ of the Riemannian gradient P_T(∂L/∂W), from x and a = x V alone; S is never 
     G V = (∂L/∂y)ᵀ a      Gᵀ U = xᵀ b      M = UᵀG V = bᵀ a      ∂L/∂x = (b S) Vᵀ
 """
 
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -43,7 +44,7 @@ def lowrank_linear(
         )
     x = autocast(x)
     if gradient == "tangent":
-        refuse_forward_derivatives(x, U, S, V)
+        refuse_forward_derivatives("lowrank_linear", x, U, S, V)
         y = tangent_linear(x.reshape(-1, x.shape[-1]), U, S, V)[0]
         y = y.reshape(*x.shape[:-1], U.shape[0])
         return y if bias is None else y + bias.to(y.dtype)
@@ -64,13 +65,13 @@ def autocast(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(device))
 
 
-def refuse_forward_derivatives(*inputs: Tensor) -> None:
-    """Raise RuntimeError if an input carries a forward-mode tangent, which the operator would silently drop."""
+def refuse_forward_derivatives(call: str, *inputs: Tensor) -> None:
+    """Raise RuntimeError, naming `call`, if an input carries a forward-mode tangent: the operator would drop it."""
     if forward_ad._current_level < 0:
         return
     if any(forward_ad.unpack_dual(x).tangent is not None for x in inputs):
         raise RuntimeError(
-            "lowrank_linear needs gradient='factors' for forward derivatives, got 'tangent'; "
+            f"{call} needs gradient='factors' for forward derivatives, got 'tangent'; "
             "set layer.gradient = 'factors' before the forward pass"
         )
 
@@ -140,12 +141,13 @@ def _backward(ctx: Any, g: Tensor, _: Tensor) -> tuple:
     return tangent_linear_backward(g, x, a, U, S, V)
 
 
-def refuse_double_backward(ctx: Any, *_: Tensor) -> tuple:
+def refuse_double_backward(call: str, ctx: Any, *_: Tensor) -> tuple:
+    """Raise RuntimeError, naming `call`: the backward of a tangent backward."""
     raise RuntimeError(
-        "lowrank_linear needs gradient='factors' for second derivatives, got 'tangent'; "
+        f"{call} needs gradient='factors' for second derivatives, got 'tangent'; "
         "set layer.gradient = 'factors' before the forward pass"
     )
 
 
 tangent_linear.register_autograd(_backward, setup_context=_save)
-tangent_linear_backward.register_autograd(refuse_double_backward)
+tangent_linear_backward.register_autograd(partial(refuse_double_backward, "lowrank_linear"))

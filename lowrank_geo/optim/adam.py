@@ -61,11 +61,4 @@ class RiemannianAdam(RiemannianOptimizer):
     def euclidean_directions(
         self, group: dict[str, Any], grads: list[Tensor], states: list[dict[str, Tensor]]
     ) -> list[Tensor]:
-        return euclidean.adam_directions(
-            grads,
-            [s["momentum"] for s in states],
-            [s["variance"] for s in states],
-            [s["step"].clamp(min=1) for s in states],
-            betas=group["betas"],
-            eps=group["eps"],
-        )
+        return euclidean.adam_step(group, grads, states)

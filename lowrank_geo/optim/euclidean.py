@@ -5,11 +5,15 @@ Every rule leaves a parameter, its state and its counter bit for bit unchanged w
 gradient is zero and the state is fresh.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from lowrank_geo.optim.filters import Coefficients
 from lowrank_geo.orthonormal import msign
+
+State = dict[str, Tensor]  # of one parameter, by name
 
 
 def decay(params: list[Tensor], lr: float | Tensor, weight_decay: float) -> None:
@@ -64,6 +68,18 @@ def adam_directions(
         denominator = square.div_(unbias(beta2, step)).sqrt_().add_(eps)
         directions.append(mean / unbias(beta1, step) / denominator)
     return directions
+
+
+def adam_step(group: dict[str, Any], grads: list[Tensor], states: list[State]) -> list[Tensor]:
+    """`adam_directions` with the settings of a parameter group; advances the states in place."""
+    return adam_directions(
+        grads,
+        [s["momentum"] for s in states],
+        [s["variance"] for s in states],
+        [s["step"].clamp(min=1) for s in states],
+        betas=group["betas"],
+        eps=group["eps"],
+    )
 
 
 def unbias(beta: float, step: Tensor) -> Tensor:

@@ -84,17 +84,10 @@ class RiemannianMuon(RiemannianOptimizer):
     def euclidean_directions(
         self, group: dict[str, Any], grads: list[Tensor], states: list[dict[str, Tensor]]
     ) -> list[Tensor]:
-        momenta = [s["momentum"] for s in states]
         if group["geometry"] == "matrix":
+            momenta = [s["momentum"] for s in states]
             how = self._filter(group).coefficients(states[0]["step"])
             return euclidean.muon_directions(
                 euclidean.filtered(grads, momenta, how), group["scale"]
             )
-        return euclidean.adam_directions(
-            grads,
-            momenta,
-            [s["variance"] for s in states],
-            [s["step"].clamp(min=1) for s in states],
-            betas=group["betas"],
-            eps=group["eps"],
-        )
+        return euclidean.adam_step(group, grads, states)
