@@ -2,8 +2,9 @@
 
     python benchmarks/lr_transfer.py      # about 20 minutes on 2 cores
 
-The quick task of benchmarks/pretrain.py at r = 8, 16, 32, 64; grid of ratio √2, grown until the optimum is inside it;
-one seed, then three at the best rate and its neighbours. Ends with one JSON line.
+The quick task of benchmarks/pretrain.py at width 192, where every layer is low-rank at r = 8, 16, 32 and 64; grid of
+ratio √2, grown until the optimum is inside it; one seed, then three at the best rate and its neighbours. Ends with one
+JSON line.
 """
 
 import argparse
@@ -17,13 +18,18 @@ import torch
 from pretrain import QUICK
 from protocol import Run, Store, environment, geometric, sweep, table
 
+from lowrank_geo import lowrank_layers
+
+TASK = QUICK._replace(width=192, hidden=512, heads=6)
 RANKS = (8, 16, 32, 64)
 
 
 def compute(rank: int, metric: str, run: Run) -> dict[str, Any]:
-    model = lm.lowrank(QUICK, run.seed, rank)
+    model = lm.lowrank(TASK, run.seed, rank)
+    # A layer left dense would have an optimum of its own.
+    assert len(list(lowrank_layers(model))) == 7 * TASK.layers
     optimizers = lm.riemannian_muon(model, run.lr, metric=metric)
-    return lm.train(model, optimizers, QUICK, run.seed)
+    return lm.train(model, optimizers, TASK, run.seed)
 
 
 def main() -> None:
@@ -45,7 +51,7 @@ def main() -> None:
     print(table(header, cells))
     best = [r.lr for r in rows]
     print(f"largest over smallest best lr: {max(best) / min(best):.2f}")
-    record = {"benchmark": f"lr-transfer-{metric}", "task": QUICK._asdict(), "best": best}
+    record = {"benchmark": f"lr-transfer-{metric}", "task": TASK._asdict(), "best": best}
     print(json.dumps({**record, "rows": cells, **environment()}))
 
 

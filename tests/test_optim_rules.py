@@ -111,7 +111,7 @@ def test_muon_on_a_matrix_moves_along_its_polar_factor():
 
 def test_muon_reads_a_convolution_as_one_matrix():
     conv = nn.Conv2d(3, 5, 2, bias=False).double()
-    groups = param_groups(conv, euclidean_lr=0.01)
+    groups = param_groups(conv, lr=0.01)
     assert groups[0]["geometry"] == "matrix"
     before = conv.weight.detach().clone()
     conv.weight.grad = torch.randn_like(conv.weight)
@@ -267,12 +267,24 @@ def test_groups_name_their_geometry():
     found = [(g["geometry"], len(g["params"]), g["lr"], g["weight_decay"]) for g in groups]
     assert found == [
         ("fixed_rank", 3, 0.1, 0.3),
-        ("matrix", 1, 0.2, 0.3),
+        ("matrix", 1, 0.1, 0.3),
         ("euclidean", 2, 0.2, 0.3),  # embedding and head
         ("euclidean", 2, 0.2, 0.0),  # biases
     ]
     assert groups[0]["layers"] == ["low"]
     assert (net["low"].gradient, net["frozen"].gradient) == ("tangent", "factors")
+
+
+def test_matrices_left_dense_follow_the_rate_of_the_matrices():
+    """At the rate of the embeddings they hardly move: a dense matrix wants about the rate that factors want."""
+    net = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    net[1] = LowRankLinear(4, 4, 2, bias=False)
+    for lr in (None, 0.03):
+        optimizer = RiemannianMuon(param_groups(net, lr=lr), euclidean_lr=0.5)
+        assert {g["geometry"]: g["lr"] for g in optimizer.param_groups} == {
+            "fixed_rank": lr or 0.01,
+            "matrix": lr or 0.01,
+        }
 
 
 def test_groups_refuse_a_half_frozen_triple():

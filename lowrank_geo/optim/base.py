@@ -66,7 +66,7 @@ class RiemannianOptimizer(Optimizer):
                 f"a parameter group needs geometry out of {', '.join(GEOMETRIES)}, got {geometry!r}; "
                 "use lowrank_geo.param_groups"
             )
-        if geometry != "fixed_rank":
+        if geometry == "euclidean":
             group.setdefault("lr", self._euclidean_lr)
         super().add_param_group(group)
         try:

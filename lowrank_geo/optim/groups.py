@@ -29,10 +29,10 @@ def param_groups(
     parameters with two or more dimensions, and vectors, which are never decayed. Frozen layers
     are left out and keep gradient="factors".
 
-    Args: lr, euclidean_lr: of the triples, of everything else; None for the default of the
-        optimizer. dense: parts of module names that hold embeddings or output heads, never
-        treated as matrices. gradient: "factors" for optimizers of other packages, which may leave
-        U and V as they like.
+    Args: lr: of the weight matrices, low-rank or left dense. euclidean_lr: of embeddings, heads and
+        vectors. None for the default of the optimizer. dense: parts of module names that hold
+        embeddings or output heads, never treated as matrices. gradient: "factors" for optimizers
+        of other packages, which may leave U and V as they like.
     Raises: ValueError if a triple is only partly frozen or its U or V is not orthonormal.
     """
     layers = dict(lowrank_layers(model))
@@ -49,12 +49,12 @@ def param_groups(
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in factors]
     matrix = [p for p in rest if id(p) in matrices]
     others = [p for p in rest if id(p) not in matrices]
-    fixed_rank: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
+    weights: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
     euclidean: dict[str, Any] = {"lr": euclidean_lr, "weight_decay": weight_decay}
     vectors = {**euclidean, "weight_decay": 0.0}
     groups: list[dict[str, Any]] = [
-        {"params": triples, "geometry": "fixed_rank", "layers": list(trained), **fixed_rank},
-        {"params": matrix, "geometry": "matrix", **euclidean},
+        {"params": triples, "geometry": "fixed_rank", "layers": list(trained), **weights},
+        {"params": matrix, "geometry": "matrix", **weights},
         {"params": [p for p in others if p.dim() > 1], "geometry": "euclidean", **euclidean},
         {"params": [p for p in others if p.dim() < 2], "geometry": "euclidean", **vectors},
     ]

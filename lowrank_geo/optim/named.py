@@ -44,7 +44,7 @@ def build(
     """The optimizer called `name` on all parameters of a model; "adamw" is torch's, on U, S, V as
     they are.
 
-    Args: lr, euclidean_lr: of the low-rank layers, of the rest; None for the method's own.
+    Args: lr, euclidean_lr: of the weight matrices, of the rest; None for the method's own.
     Raises: ValueError for an unknown name.
     """
     if name not in OPTIMIZERS:
