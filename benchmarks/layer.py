@@ -1,14 +1,19 @@
 """Forward and backward of one layer: dense, two factors, and ours, as speed-ups over nn.Linear beside the FLOP limit.
 
-    python benchmarks/layer.py [--tokens 2048] [--repeats 30]
+    python benchmarks/layer.py [--tokens 2048] [--repeats 30] [--default-allocator]
 
 The limit is the ratio of multiply-adds (see `limit`) with the best folding (docs/mathematics.md). Times are medians of
-interleaved repeats in one process; ends with one JSON line.
+repeats in random order in one process; ends with one JSON line. Freed memory is kept by the process, for every
+contender, as torch's caching allocator does on a GPU and its tuning guide advises on a CPU; otherwise the C library
+gives pages back and faults them in again. `--default-allocator` leaves that in.
 """
 
 import argparse
 import json
 import math
+import os
+import random
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +25,9 @@ from torch import Tensor, nn
 from lowrank_geo import LowRankLinear
 
 SHAPES = [(768, 768, 96), (1024, 1024, 128), (3072, 768, 128), (2048, 2048, 256)]  # m, n, r
+
+
+KEPT_PAGES = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 32)}
 
 
 def limit(B: int, m: int, n: int, r: int) -> float:
@@ -52,12 +60,15 @@ def pass_through(layer: nn.Module, x: Tensor, dy: Tensor) -> Callable[[], None]:
 
 
 def medians(runs: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
-    """Seconds a call, medians; the contenders take turns so that noise hits all alike."""
+    """Seconds a call, medians; the contenders take turns so that noise hits all alike, in random order
+    because the one after nn.Linear pays for the pages that nn.Linear gave back.
+    """
     times: dict[str, list[float]] = {name: [] for name in runs}
+    order = random.Random(0)
     for repeat in range(repeats + 2):
-        for name, run in runs.items():
+        for name in order.sample(list(runs), len(runs)):
             start = time.perf_counter()
-            run()
+            runs[name]()
             if repeat >= 2:
                 times[name].append(time.perf_counter() - start)
     return {name: sorted(t)[len(t) // 2] for name, t in times.items()}
@@ -95,11 +106,20 @@ def measure(m: int, n: int, r: int, tokens: int, repeats: int) -> dict[str, Any]
     }
 
 
+def keep_pages() -> None:
+    """Start this program again with a C library that keeps freed memory; it reads its settings at the start only."""
+    if not KEPT_PAGES.items() <= os.environ.items():
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEPT_PAGES})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--default-allocator", action="store_true", help="give pages back")
     arguments = parser.parse_args()
+    if not arguments.default_allocator:
+        keep_pages()
     results = [measure(*s, arguments.tokens, arguments.repeats) for s in SHAPES]
     rows = [
         [
@@ -114,15 +134,17 @@ def main() -> None:
         ]
         for r in results
     ]
-    kept = "M floats kept, ours / dense"
-    header = ["m×n×r", "dense ms", "tangent (of limit)", "factors", "two factors", "limit", kept]
+    saved = "M floats kept, ours / dense"
+    header = ["m×n×r", "dense ms", "tangent (of limit)", "factors", "two factors", "limit", saved]
     print(table(header, rows))
     means = {
         k: math.prod(r["of_limit"][k] for r in results) ** (1 / len(results))
         for k in ("tangent", "factors", "two factors")
     }
     print("geometric mean of the limit:", ", ".join(f"{k} {v:.2f}" for k, v in means.items()))
-    print(json.dumps({"benchmark": "layer", "of_limit": means, "rows": results, **environment()}))
+    kept = not arguments.default_allocator
+    record = {"benchmark": "layer", "keeps_pages": kept, "of_limit": means, "rows": results}
+    print(json.dumps({**record, **environment()}))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-import lowrank_geo.flops  # noqa: F401  (FlopCounterMode would count 0 for tangent layers)
 from lowrank_geo import geometry, optim, retraction
 from lowrank_geo.convert import convert, to_dense, to_factors
 from lowrank_geo.functional import lowrank_linear

@@ -5,7 +5,6 @@ The kernel, as an out_channels × (in_channels·kh·kw) matrix, is U S Vᵀ. Gra
 meanings of `lowrank_geo.functional`.
 """
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +15,10 @@ from lowrank_geo.functional import (
     GRADIENTS,
     Gradient,
     autocast,
-    refuse_double_backward,
+    coordinates,
+    keep,
+    no_autocast,
+    once,
     refuse_forward_derivatives,
 )
 
@@ -77,127 +79,82 @@ def lowrank_conv2d(
     x = autocast(x)
     if any(geometry.padding):
         x = F.pad(x, geometry.padding, geometry.padding_mode)
-    stride, dilation = list(geometry.stride), list(geometry.dilation)
     if gradient == "tangent":
         refuse_forward_derivatives("lowrank_conv2d", x, U, S, V)
-        y = tangent_conv2d(x, U, S, V, [kh, kw], stride, dilation)[0]
+        y, _ = TangentConv2d.apply(x, U, S, V, geometry)
         return y if bias is None else y + bias.to(y.dtype)[:, None, None]
-    a = F.conv2d(x, kernel(V, x, [kh, kw]), None, stride, 0, dilation)
+    a = F.conv2d(x, kernel(V, x, geometry), None, geometry.stride, 0, geometry.dilation)
     left = (U.to(x.dtype) @ S.to(x.dtype))[..., None, None]
     return F.conv2d(a, left, None if bias is None else bias.to(x.dtype))
 
 
-def kernel(V: Tensor, x: Tensor, size: list[int]) -> Tensor:
+def kernel(V: Tensor, x: Tensor, geometry: ConvGeometry) -> Tensor:
     """V as the kernel of the convolution to r channels, in the dtype of x.
 
     Shapes: V (c·kh·kw, r), x (B, c, H, W) -> (r, c, kh, kw).
     """
-    return V.to(x.dtype).mT.reshape(V.shape[1], x.shape[1], *size)
+    return V.to(x.dtype).mT.reshape(V.shape[1], x.shape[1], *geometry.kernel_size)
 
 
-def layout(x: Tensor) -> torch.memory_format:
-    """channels_last for an image stored that way, else rows: what all images made from x have.
+class TangentConv2d(torch.autograd.Function):
+    """y and a = x ∗ V, the only activation kept besides x; backward is `tangent_gradients`.
 
-    Shapes: x (B, c, H, W).
+    Shapes: x (B, c, H, W), already padded, U (m, r), S (r, r), V (c·kh·kw, r) -> y (B, m, H', W'),
+        a (B, r, H', W').
     """
-    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return torch.channels_last if last else torch.contiguous_format
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor, U: Tensor, S: Tensor, V: Tensor, geometry: ConvGeometry
+    ) -> tuple[Tensor, Tensor]:
+        a = F.conv2d(x, kernel(V, x, geometry), None, geometry.stride, 0, geometry.dilation)
+        return F.conv2d(a, (U.to(x.dtype) @ S.to(x.dtype))[..., None, None]), a
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        ctx.geometry = inputs[4]
+        keep(ctx, inputs, output[1])
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None, _: None) -> tuple:
+        if g is None:
+            return (None,) * 5
+        x, U, S, V, a = ctx.saved_tensors
+        with no_autocast(g):
+            grads = tangent_gradients(
+                g, x, U, S, V, a, ctx.geometry, with_x=ctx.needs_input_grad[0]
+            )
+        return *once("lowrank_conv2d", grads), None
 
 
-@torch.library.custom_op("lowrank_geo::tangent_conv2d", mutates_args=())
-def tangent_conv2d(
-    x: Tensor,
-    U: Tensor,
-    S: Tensor,
-    V: Tensor,
-    size: list[int],
-    stride: list[int],
-    dilation: list[int],
-) -> tuple[Tensor, Tensor]:
-    """y and a = x ∗ V, the only activation kept besides x.
-
-    Shapes: x (B, c, H, W), already padded -> y (B, m, H', W'), a (B, r, H', W').
-    """
-    a = F.conv2d(x, kernel(V, x, size), None, stride, 0, dilation)
-    y = F.conv2d(a, (U.to(x.dtype) @ S.to(x.dtype))[..., None, None])
-    return y.contiguous(memory_format=layout(x)), a.contiguous(memory_format=layout(x))
-
-
-@tangent_conv2d.register_fake
-def _(
-    x: Tensor,
-    U: Tensor,
-    S: Tensor,
-    V: Tensor,
-    size: list[int],
-    stride: list[int],
-    dilation: list[int],
-) -> tuple[Tensor, Tensor]:
-    a = F.conv2d(x, kernel(V, x, size), None, stride, 0, dilation)
-    y = a.new_empty(a.shape[0], U.shape[0], *a.shape[2:])
-    like = layout(x)
-    return torch.empty_like(y, memory_format=like), torch.empty_like(a, memory_format=like)
-
-
-@torch.library.custom_op("lowrank_geo::tangent_conv2d_backward", mutates_args=())
-def tangent_conv2d_backward(
+def tangent_gradients(
     g: Tensor,
     x: Tensor,
-    a: Tensor,
     U: Tensor,
     S: Tensor,
     V: Tensor,
-    size: list[int],
-    stride: list[int],
-    dilation: list[int],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """∂L/∂x and the tangent coordinates of the Riemannian gradient, gauged in the dtype of U.
+    a: Tensor,
+    geometry: ConvGeometry,
+    *,
+    with_x: bool = True,
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+    """∂L/∂x, if asked for, and the tangent coordinates of the Riemannian gradient.
 
     Shapes: g = ∂L/∂y (B, m, H', W'), x (B, c, H, W), a (B, r, H', W') -> dx, Up (m, r), M (r, r),
         Vp (n, r).
     """
-    frame = U.to(g.dtype)
-    b = F.conv2d(g, frame.mT[..., None, None])  # (B, r, H', W')
-    bS = F.conv2d(b, S.to(g.dtype).mT[..., None, None])
 
     def transposed(grad: Tensor, mask: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+        stride, dilation = geometry.stride, geometry.dilation
         return torch.ops.aten.convolution_backward(
-            grad, x, kernel(V, x, size), None, stride, [0, 0], dilation, False, [0, 0], 1, mask
+            grad, x, kernel(V, x, geometry), None, stride, [0, 0], dilation, False, [0, 0], 1, mask
         )
 
-    dx = transposed(bS, [True, False, False])[0]
-    GtU = transposed(b, [False, True, False])[1].flatten(1).mT.to(U.dtype)
-    GV = torch.einsum("bmhw,brhw->mr", g, a).to(U.dtype)
-    M = U.mT @ GV
-    Vp = GtU - V @ (V.mT @ GtU)
-    return (
-        dx.contiguous(memory_format=layout(x)),
-        (GV - U @ M).contiguous(),
-        M.contiguous(),
-        Vp.contiguous(),
-    )
-
-
-@tangent_conv2d_backward.register_fake
-def _(
-    g: Tensor, x: Tensor, a: Tensor, U: Tensor, S: Tensor, V: Tensor,
-    size: list[int], stride: list[int], dilation: list[int],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    dx = torch.empty_like(x, memory_format=layout(x))
-    return dx, U.new_empty(U.shape), S.new_empty(S.shape), V.new_empty(V.shape)
-
-
-def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x, U, S, V, *ctx.window = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(x, output[1], U, S, V)
-
-
-def _backward(ctx: Any, g: Tensor, _: Tensor) -> tuple:
-    x, a, U, S, V = ctx.saved_tensors
-    grads = tangent_conv2d_backward(g.contiguous(), x, a, U, S, V, *ctx.window)
-    return (*grads, None, None, None)
-
-
-tangent_conv2d.register_autograd(_backward, setup_context=_save)
-tangent_conv2d_backward.register_autograd(partial(refuse_double_backward, "lowrank_conv2d"))
+    b = F.conv2d(g, U.to(g.dtype).mT[..., None, None])  # (B, r, H', W')
+    dx = None
+    if with_x:
+        dx = transposed(F.conv2d(b, S.to(g.dtype).mT[..., None, None]), [True, False, False])[0]
+    GtU = transposed(b, [False, True, False])[1].flatten(1).mT
+    return dx, *coordinates(U, V, torch.einsum("bmhw,brhw->mr", g, a), GtU)

@@ -7,8 +7,8 @@ of the Riemannian gradient P_T(∂L/∂W), from x and a = x V alone; S is never 
     G V = (∂L/∂y)ᵀ a      Gᵀ U = xᵀ b      M = UᵀG V = bᵀ a      ∂L/∂x = (b S) Vᵀ
 """
 
-from functools import partial
-from typing import Any, Literal
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -45,8 +45,9 @@ def lowrank_linear(
     x = autocast(x)
     if gradient == "tangent":
         refuse_forward_derivatives("lowrank_linear", x, U, S, V)
-        y = tangent_linear(x.reshape(-1, x.shape[-1]), U, S, V)[0]
-        y = y.reshape(*x.shape[:-1], U.shape[0])
+        rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+        y, _ = TangentLinear.apply(rows, U, S, V)
+        y = y if x.dim() == 2 else y.reshape(*x.shape[:-1], U.shape[0])
         return y if bias is None else y + bias.to(y.dtype)
     bias = None if bias is None else bias.to(x.dtype)
     left, right = fold(x.numel() // max(x.shape[-1], 1), U.to(x.dtype), S.to(x.dtype))
@@ -65,17 +66,6 @@ def autocast(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(device))
 
 
-def refuse_forward_derivatives(call: str, *inputs: Tensor) -> None:
-    """Raise RuntimeError, naming `call`, if an input carries a forward-mode tangent: the operator would drop it."""
-    if forward_ad._current_level < 0:
-        return
-    if any(forward_ad.unpack_dual(x).tangent is not None for x in inputs):
-        raise RuntimeError(
-            f"{call} needs gradient='factors' for forward derivatives, got 'tangent'; "
-            "set layer.gradient = 'factors' before the forward pass"
-        )
-
-
 def fold(tokens: int, U: Tensor, S: Tensor) -> tuple[Tensor, Tensor | None]:
     """The cheaper association of a Sᵀ Uᵀ: (U S, None) for many tokens, (U, Sᵀ) for few.
 
@@ -84,70 +74,120 @@ def fold(tokens: int, U: Tensor, S: Tensor) -> tuple[Tensor, Tensor | None]:
     return (U @ S, None) if tokens >= U.shape[0] else (U, S.mT)
 
 
-@torch.library.custom_op("lowrank_geo::tangent_linear", mutates_args=())
-def tangent_linear(x: Tensor, U: Tensor, S: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
-    """y = x V Sᵀ Uᵀ and a = x V, the only activation kept besides x.
+class TangentLinear(torch.autograd.Function):
+    """y = x V Sᵀ Uᵀ and a = x V, the only activation kept besides x; backward is `tangent_gradients`.
 
     Shapes: x (B, n), U (m, r), S (r, r), V (n, r) -> y (B, m), a (B, r).
     """
-    U, S, V = U.to(x.dtype), S.to(x.dtype), V.to(x.dtype)
-    a = x @ V
-    left, right = fold(x.shape[0], U, S)
-    return (a if right is None else a @ right) @ left.mT, a
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, U: Tensor, S: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
+        U, S, V = U.to(x.dtype), S.to(x.dtype), V.to(x.dtype)
+        a = x @ V
+        left, right = fold(x.shape[0], U, S)
+        return (a if right is None else a @ right) @ left.mT, a
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        keep(ctx, inputs, output[1])
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None, _: None) -> tuple:
+        if g is None:
+            return (None,) * 4
+        with no_autocast(g):
+            grads = tangent_gradients(g, *ctx.saved_tensors, with_x=ctx.needs_input_grad[0])
+        return once("lowrank_linear", grads)
 
 
-@tangent_linear.register_fake
-def _(x: Tensor, U: Tensor, S: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape[0], U.shape[0]), x.new_empty(x.shape[0], V.shape[1])
+def tangent_gradients(
+    g: Tensor, x: Tensor, U: Tensor, S: Tensor, V: Tensor, a: Tensor, *, with_x: bool = True
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+    """∂L/∂x, if asked for, and the tangent coordinates of the Riemannian gradient.
 
-
-@torch.library.custom_op("lowrank_geo::tangent_linear_backward", mutates_args=())
-def tangent_linear_backward(
-    g: Tensor, x: Tensor, a: Tensor, U: Tensor, S: Tensor, V: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """∂L/∂x and the tangent coordinates of the Riemannian gradient, gauged in the dtype of U.
-
-    Shapes: g = ∂L/∂y (B, m), x (B, n), a = x V (B, r) -> dx (B, n), Up (m, r), M (r, r), Vp (n, r).
+    Shapes: g = ∂L/∂y (B, m), x (B, n), U (m, r), S (r, r), V (n, r), a = x V (B, r) -> dx (B, n),
+        Up (m, r), M (r, r), Vp (n, r).
     """
-    low = (U.to(g.dtype), S.to(g.dtype), V.to(g.dtype))
-    b = g @ low[0]  # (B, r)
-    left, right = fold(g.shape[0], low[2], low[1].mT)
-    dx = (b if right is None else b @ right) @ left.mT
-    GV, GtU = (g.mT @ a).to(U.dtype), (x.mT @ b).to(U.dtype)
-    # In low precision bᵀa is not UᵀGV to the rounding of U, and the gauge would leak.
-    M = U.mT @ GV
-    Vp = GtU - V @ (V.mT @ GtU if g.dtype != U.dtype else M.mT)
-    # The products may come back transposed; the fake kernel, and so torch.compile, counts on rows.
-    return dx.contiguous(), (GV - U @ M).contiguous(), M.contiguous(), Vp.contiguous()
+    dx = None
+    b = g @ U.to(g.dtype)  # (B, r)
+    if with_x:
+        left, right = fold(g.shape[0], V.to(g.dtype), S.to(g.dtype).mT)
+        dx = (b if right is None else b @ right) @ left.mT
+    return dx, *coordinates(U, V, g.mT @ a, x.mT @ b)
 
 
-@tangent_linear_backward.register_fake
-def _(
-    g: Tensor, x: Tensor, a: Tensor, U: Tensor, S: Tensor, V: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), U.new_empty(U.shape), S.new_empty(S.shape), V.new_empty(V.shape)
+def coordinates(U: Tensor, V: Tensor, GV: Tensor, GtU: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(Up, M, Vp) of P_T G from G V and GᵀU, gauged in the dtype of U and V.
+
+    Shapes: U (m, r), V (n, r), GV (m, r), GtU (n, r) -> Up (m, r), M (r, r), Vp (n, r).
+    """
+    if GV.dtype != U.dtype:
+        # Rounded products disagree on M, and each would leak into the gauge of the other.
+        GV, GtU = GV.to(U.dtype), GtU.to(U.dtype)
+        M, Mt = U.mT @ GV, V.mT @ GtU
+    else:
+        M = U.mT @ GV if U.shape[0] <= V.shape[0] else GtU.mT @ V
+        Mt = M.mT
+    return torch.addmm(GV, U, M, alpha=-1), M, torch.addmm(GtU, V, Mt, alpha=-1)
 
 
-def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x, U, S, V = inputs
-    _, a = output
+def keep(ctx: Any, inputs: tuple, a: Tensor) -> None:
+    """Save the inputs (x, U, S, V, ...) and a = x V, which gets no gradient of its own."""
     ctx.mark_non_differentiable(a)
-    ctx.set_materialize_grads(True)
-    ctx.save_for_backward(x, a, U, S, V)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:4], a)
 
 
-def _backward(ctx: Any, g: Tensor, _: Tensor) -> tuple:
-    x, a, U, S, V = ctx.saved_tensors
-    return tangent_linear_backward(g, x, a, U, S, V)
+def no_autocast(g: Tensor) -> AbstractContextManager:
+    """A backward pass inside autocast would round the gauge to its dtype."""
+    if torch.is_autocast_enabled(g.device.type):
+        return torch.autocast(g.device.type, enabled=False)
+    return nullcontext()
 
 
-def refuse_double_backward(call: str, ctx: Any, *_: Tensor) -> tuple:
-    """Raise RuntimeError, naming `call`: the backward of a tangent backward."""
+class Once(torch.autograd.Function):
+    """The gradients themselves; their backward refuses, in the name of `call`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(call: str, *gradients: Tensor) -> tuple[Tensor, ...]:
+        return tuple(g.view_as(g) for g in gradients)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        ctx.call = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        refuse(ctx.call, "second")
+
+
+def once(call: str, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """Gradients that cannot be differentiated again."""
+    if not torch.is_grad_enabled():
+        return gradients
+    dx, *rest = gradients
+    if dx is None:
+        return None, *Once.apply(call, *rest)
+    return Once.apply(call, dx, *rest)
+
+
+def refuse_forward_derivatives(call: str, *inputs: Tensor) -> None:
+    """`refuse` if an input carries a forward-mode tangent. Not as the `jvp` of the Function: torch.compile breaks the
+    graph at one that has it.
+    """
+    if forward_ad._current_level < 0:
+        return
+    if any(forward_ad.unpack_dual(x).tangent is not None for x in inputs):
+        refuse(call, "forward")
+
+
+def refuse(call: str, which: str) -> NoReturn:
+    """Raise RuntimeError: tangent gradients have no second or forward derivatives, and zero would be silently wrong."""
     raise RuntimeError(
-        f"{call} needs gradient='factors' for second derivatives, got 'tangent'; "
+        f"{call} needs gradient='factors' for {which} derivatives, got 'tangent'; "
         "set layer.gradient = 'factors' before the forward pass"
     )
-
-
-tangent_linear.register_autograd(_backward, setup_context=_save)
-tangent_linear_backward.register_autograd(partial(refuse_double_backward, "lowrank_linear"))

@@ -14,7 +14,6 @@ from lowrank_geo.geometry import Point, Tangent, embed, norm
 from lowrank_geo.layers import LowRankConv2d
 
 MODES = ["factors", "tangent"]
-OPS = torch.ops.lowrank_geo
 # Arguments of nn.Conv2d beside the channels, and the rank; the kernel is a 6 × 4·kh·kw matrix.
 CONVOLUTIONS = [
     (dict(kernel_size=3, padding=1), 3),
@@ -139,24 +138,6 @@ def test_tangent_mode_refuses_forward_derivatives():
         jvp(layer, (x.detach(),), (torch.ones_like(x),))
 
 
-def image(memory_format, channels=4, dtype=torch.float64):
-    return torch.randn(2, channels, 6, 5, dtype=dtype).to(memory_format=memory_format)
-
-
-@pytest.mark.parametrize("kernel, stride, dilation", [(1, 1, 1), (3, 2, 1), (2, 1, 2)])
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_operators_keep_the_promises_of_custom_operators(kernel, stride, dilation, memory_format):
-    layer = LowRankConv2d(4, 6, kernel, 3, dtype=torch.float64)
-    window = ([kernel] * 2, [stride] * 2, [dilation] * 2)
-    x = image(memory_format).requires_grad_()
-    torch.library.opcheck(OPS.tangent_conv2d.default, (x, *layer.point, *window))
-    factors = [f.detach() for f in layer.point]
-    y, a = (z.detach() for z in OPS.tangent_conv2d(x, *layer.point, *window))
-    for g in (torch.randn_like(y), torch.ones(1, dtype=y.dtype).expand(y.shape)):
-        inputs = (g, x.detach(), a, *factors, *window)
-        torch.library.opcheck(OPS.tangent_conv2d_backward.default, inputs)
-
-
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("options, rank", CONVOLUTIONS[:2], ids=IDS[:2])
 def test_keeps_channels_last_and_agrees_with_the_other_layout(options, rank, mode):
@@ -169,6 +150,19 @@ def test_keeps_channels_last_and_agrees_with_the_other_layout(options, rank, mod
     assert y.is_contiguous(memory_format=torch.channels_last)
     assert (y - expected).abs().max() < 1e-13
     assert all((a - b).abs().max() < 1e-12 for a, b in zip(found, wanted, strict=True))
+
+
+def test_tangent_mode_passes_first_order_torch_func():
+    layer, dense, x = layer_and_twin(*CONVOLUTIONS[0])
+    geometry, seed = ConvGeometry.of(dense), torch.randn_like(dense(x))
+
+    def loss(x, seed, U, S, V):
+        return (seed * lowrank_conv2d(x, U, S, V, None, geometry, gradient="tangent")).sum()
+
+    plain = [f.detach() for f in layer.point]
+    found = torch.func.grad(loss, (2, 3, 4))(x.detach(), seed, *plain)
+    wanted = torch.autograd.grad(loss(x, seed, *layer.point), list(layer.point))
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("mode", MODES)
