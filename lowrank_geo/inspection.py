@@ -1,4 +1,4 @@
-"""Look at a run: the factors in its newest checkpoint, read without building the model.
+"""Look at a run: the factors in its newest valid checkpoint, read without building the model.
 
 Nothing here writes, and shapes are compared with run.json before a tensor is read.
 """
@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from lowrank_geo.diagnostics import drift, singular_values
 from lowrank_geo.recorded import printable
-from lowrank_geo.train.checkpoint import steps
+from lowrank_geo.train.checkpoint import FILES, newest
 from lowrank_geo.train.run_folder import read_record
 
 try:
@@ -47,7 +47,10 @@ class Layer(NamedTuple):
 
 
 class Inspection(NamedTuple):
-    """A run at its newest checkpoint; the dense counts are those of the model with every layer multiplied out."""
+    """A run at its newest valid checkpoint; the dense counts are those of the model with every layer multiplied out.
+
+    `passed_over` says what is wrong with newer checkpoints.
+    """
 
     run: Path
     status: str
@@ -57,29 +60,25 @@ class Inspection(NamedTuple):
     dense_parameters: int
     bytes: int
     dense_bytes: int
+    passed_over: tuple[str, ...] = ()
 
 
 def inspect(run: str | Path) -> Inspection:
-    """Measure the factors in the newest checkpoint of a run.
+    """Measure the factors in the newest valid checkpoint of a run.
 
-    Raises: FileNotFoundError if there is no run or no checkpoint; ValueError for files that are corrupt or that do
+    Raises: FileNotFoundError if there is no run or no checkpoint; ValueError if no checkpoint is valid, or files do
     not belong together.
     """
     path = Path(run)
     record = read_record(path)
-    checkpoints = steps(path / "checkpoints")
-    if not checkpoints:
+    found = newest(path / "checkpoints")
+    if found is None:
         raise FileNotFoundError(
             f"inspect needs a run with a checkpoint, got {path} without one; let pretrain reach its first"
         )
-    file = checkpoints[0] / "model.safetensors"
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            return _measure(path, record, int(checkpoints[0].name[5:]), tensors)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"inspect needs an intact checkpoint, got {file} ({error}); delete it to look at the one before"
-        ) from error
+    with safe_open(found.path / FILES[0], framework="pt") as tensors:
+        inspection = _measure(path, record, found.state["step"], tensors)
+    return inspection._replace(passed_over=tuple(found.problems))
 
 
 def _measure(path: Path, record: dict[str, Any], step: int, tensors: Any) -> Inspection:
@@ -166,7 +165,8 @@ def render(inspection: Inspection) -> RenderableType:
             ("bytes", inspection.bytes, inspection.dense_bytes),
         )
     ]
-    return Group(Text(title, style="bold"), table, *map(Text, shares))
+    notes = [f"passed over: {printable(problem)}" for problem in inspection.passed_over]
+    return Group(Text(title, style="bold"), table, *map(Text, shares + notes))
 
 
 def _bars(sigma: tuple[float, ...]) -> str:

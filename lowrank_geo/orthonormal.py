@@ -119,6 +119,8 @@ POLAR_EXPRESS = (
     (1.875, -1.25, 0.375),
 )
 DAMPING = 1e-3
+# Six reach 1.2e-3, as near as float32 resolves the Gram of a singular value at the damping; eight 5e-12.
+STEPS = {torch.float32: 6, torch.float64: 8}
 
 
 def msign(X: Tensor, *, damping: float = DAMPING) -> Tensor:
@@ -129,7 +131,7 @@ def msign(X: Tensor, *, damping: float = DAMPING) -> Tensor:
     one out.
 
     Shapes: X (..., m, r), tall or wide -> (..., m, r).
-    Error:  singular values within 2e-3 of the formula for damping 1e-3; msign(0) = 0; finite for
+    Error:  singular values within 4e-3 of the formula for damping 1e-3; msign(0) = 0; finite for
         every finite X.
     Source: Amsel et al., The Polar Express, arXiv 2505.16932, 2025.
     """
@@ -141,7 +143,10 @@ def msign(X: Tensor, *, damping: float = DAMPING) -> Tensor:
     gram = symmetric(X.mT @ X) + damping**2 * identity
     # 1.01: the first polynomials may leave [0, 1] slightly for an argument of exactly 1.
     gram, Q = gram / 1.01**2, identity / 1.01
-    for a, b, c in POLAR_EXPRESS:
+    steps = POLAR_EXPRESS[: STEPS.get(X.dtype, len(POLAR_EXPRESS))]
+    for step, (a, b, c) in enumerate(steps, start=1):
         P = a * identity + gram @ (b * identity + c * gram)
-        Q, gram = Q @ P, symmetric(P @ gram @ P)
+        Q = Q @ P
+        if step < len(steps):
+            gram = symmetric(P @ gram @ P)
     return X @ Q

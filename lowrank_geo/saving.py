@@ -99,13 +99,15 @@ def load_pretrained(directory: str | os.PathLike[str], model: nn.Module | None =
 
 
 def _publish(workspace: Path, folder: Path) -> None:
-    """Move the finished files into place, each at once, and make that last."""
+    """Move the finished files into place, each at once, and drop those of an older save that this one lacks."""
     names = [n for n in (CONFIG, GENERATION, WEIGHTS, PLAN) if (workspace / n).exists()]
     for name in names:
         with open(workspace / name, "rb+") as file:
             os.fsync(file.fileno())
     for name in names:
         os.replace(workspace / name, folder / name)
+    for name in {CONFIG, GENERATION} - set(names):
+        (folder / name).unlink(missing_ok=True)
 
 
 def _refuse_foreign(folder: Path) -> None:

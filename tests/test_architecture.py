@@ -37,6 +37,13 @@ def test_generation_config_is_kept(tmp_path):
     assert load_pretrained(tmp_path).generation_config.eos_token_id == [0, 7]
 
 
+def test_saving_again_leaves_no_config_of_the_older_model(tmp_path):
+    save_pretrained(convert(hugging_face("gpt2"), ratio=0.25), tmp_path)
+    assert {"config.json", "generation_config.json"} <= {p.name for p in tmp_path.iterdir()}
+    save_pretrained(convert(nn.Sequential(nn.Linear(8, 8)), rank=2), tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {"lowrank_plan.json", "model.safetensors"}
+
+
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_decoder_is_rebuilt_with_the_same_logits(tmp_path, tied, dtype):

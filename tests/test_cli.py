@@ -109,7 +109,7 @@ def test_pretrain_has_an_option_for_every_field(call):
         (["pretrain", "--data", "no\nwhere"], "where"),
         (["pretrain", "--data", "empty"], "empty"),
         (["pretrain", "--model", "huge"], "'huge'"),
-        (["pretrain", "--optimizer", "best"], "'best'"),
+        (["pretrain", "--optimizer", "best"], "got best"),
         (["pretrain", "--resume", "nothing"], "got nothing"),
         (["pretrain", "--resume", "nothing", "--out", "b"], "neither --out nor --overwrite"),
         (["pretrain", "--out", "taken"], "which exists"),

@@ -7,11 +7,11 @@ import os
 import pytest
 import torch
 from rich.console import Console
-from safetensors.torch import save_file
 
 from lowrank_geo import inspection
 from lowrank_geo.inspection import inspect, render
 from lowrank_geo.layers import LowRankLinear
+from lowrank_geo.train import checkpoint
 
 SHAPES = {"blocks.2.q": (8, 6, 3), "blocks.10.q": (5, 9, 5), "blocks.2.up": (7, 6, 1)}
 RECORD = {"format": "lowrank_geo run", "version": 1, "status": "finished"}
@@ -42,9 +42,8 @@ def write(run, tensors, *, step=100, plan=True, names=SHAPES):
     dense = {"name": "embed", "m": 4, "n": 3, "rank": None}
     record = RECORD | ({"plan": {"entries": [*entries, dense]}} if plan else {})
     (run / "run.json").write_text(json.dumps(record))
-    folder = run / "checkpoints" / f"step-{step:08d}"
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({key: x.contiguous() for key, x in tensors.items()}, folder / "model.safetensors")
+    model = {key: x.contiguous() for key, x in tensors.items()}
+    checkpoint.save(run / "checkpoints", checkpoint.Checkpoint(step, model, {}))
 
 
 def test_the_newest_checkpoint_is_measured_in_the_order_of_the_plan(run, layers):
@@ -133,13 +132,20 @@ def test_factors_of_rank_0_are_refused(run):
         inspect(run)
 
 
-def test_a_truncated_checkpoint_is_one_sentence(run):
+def test_a_truncated_checkpoint_is_passed_over_with_one_sentence(run):
     file = run / "checkpoints" / "step-00000100" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-5])
-    with pytest.raises(ValueError, match="inspect needs an intact checkpoint, got .*step-00000100"):
-        inspect(run)
+    found = inspect(run)
+    assert found.step == 90 and found.layers[0].sigma[0] == 0
+    assert "passed over: checkpoint file" in text(found) and "step-00000100" in text(found)
     file.unlink()
-    with pytest.raises(ValueError, match="inspect needs an intact checkpoint"):
+    assert inspect(run).step == 90
+
+
+def test_a_run_without_a_valid_checkpoint_is_one_sentence(run):
+    for file in run.rglob("model.safetensors"):
+        file.write_bytes(file.read_bytes()[:-5])
+    with pytest.raises(ValueError, match="checkpoint file .*step-00000100.* holds no valid one"):
         inspect(run)
 
 

@@ -194,8 +194,8 @@ def test_polar_update_has_batch_dimensions_that_equal_a_loop():
         assert (Q - polar_update(U[i], D[i])).abs().max() < 1e-14
 
 
-# In the spectral norm, 10 x the worst of 270 draws up to condition 100. Below that, float32 resolves the Gram of a
-# singular value near ε|X| to a few per cent.
+# In the spectral norm, up to condition 100; six polynomials leave 1.2e-3 in float32. Below that, float32 resolves the
+# Gram of a singular value near ε|X| to a few per cent.
 SIGN_TOL = {torch.float32: 2e-3, torch.float64: 5e-12}
 TALL_AND_WIDE = [(5, 1), (1, 7), (8, 8), (40, 16), (16, 40), (300, 256)]
 
@@ -236,7 +236,7 @@ def test_msign_follows_its_damping(damping):
 @pytest.mark.parametrize("scale", [1e-38, 1e-30, 1e-20, 1.0, 1e20, 1e30, 1e37])
 def test_msign_does_not_depend_on_the_scale(scale):
     X = spectrum(20, 6, 10.0, torch.float32)
-    assert sign_error(X, msign(X * scale)) <= 1e-4
+    assert (msign(X * scale) - msign(X)).abs().max() <= 1e-4
 
 
 def test_msign_of_zero_is_zero_alone_and_in_a_batch():
@@ -276,4 +276,4 @@ def test_msign_is_finite_and_at_most_one(scale, m, n, spread, seed):
     X = torch.randn(m, n) * 10 ** (-spread * torch.rand(n)) * 10**scale
     Y = msign(X)
     assert Y.isfinite().all()
-    assert torch.linalg.matrix_norm(Y, 2) <= 1 + 3e-5
+    assert torch.linalg.matrix_norm(Y, 2) <= 1 + 2e-3

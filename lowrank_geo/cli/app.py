@@ -10,10 +10,8 @@ from lowrank_geo.cli.display import Display
 from lowrank_geo.cli.options import config_options, given
 from lowrank_geo.cli.refusals import refusals
 from lowrank_geo.generation import continue_text
-from lowrank_geo.report import write_report
 from lowrank_geo.train.config import TrainConfig
 from lowrank_geo.train.parts import load_model, plan_of
-from lowrank_geo.train.run import pretrain, resume
 
 app = typer.Typer(
     add_completion=False,
@@ -43,6 +41,9 @@ def pretrain_command(
     **options: Any,
 ) -> None:
     """Pre-train a low-rank language model; without options, a demo of three minutes."""
+    # Matplotlib, for the report, takes a quarter of a second: the other commands need not wait for it.
+    from lowrank_geo.train.run import pretrain, resume
+
     with refusals(debug), Display() as display:
         if resume_run is None:
             config = TrainConfig(**options)
@@ -75,6 +76,7 @@ def inspect_command(run: Run, *, debug: Debug = False) -> None:
     from rich.console import Console
 
     from lowrank_geo.inspection import inspect, render
+    from lowrank_geo.report import write_report
 
     with refusals(debug):
         Console(markup=False).print(render(inspect(run)))

@@ -6,8 +6,11 @@ import types
 from dataclasses import dataclass, field
 from typing import Any, get_args, get_type_hints
 
+from lowrank_geo.optim.named import OPTIMIZERS
+
 CHOICES = {
     "tokenizer": ("bytes", "bpe"),
+    "optimizer": tuple(sorted(OPTIMIZERS)),
     "schedule": ("wsd", "cosine", "constant"),
     "device": ("auto", "cpu", "cuda"),
     "dtype": ("auto", "float32", "bfloat16"),
@@ -43,7 +46,7 @@ class TrainConfig:
     rank: int | None = option(None, "One rank for all layers, instead of a budget.")
     ratio: float | None = option(None, "Rank over min(m, n) of each layer, instead of a budget.")
     init: str = option("spectral", "How factors are drawn: spectral, orthogonal or svd.")
-    optimizer: str = option("muon", "Name of the optimizer.")
+    optimizer: str = option("muon", "One of " + ", ".join(CHOICES["optimizer"]) + ".")
     lr: float | None = option(None, "Learning rate of the factors; the method's own if not given.")
     euclidean_lr: float | None = option(None, "Learning rate of all other parameters.")
     weight_decay: float = option(0.1, "Decoupled weight decay.")
