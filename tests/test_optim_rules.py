@@ -11,10 +11,11 @@ from lowrank_geo import geometry
 from lowrank_geo.geometry import Tangent, embed, project, to_dense
 from lowrank_geo.layers import LowRankLinear
 from lowrank_geo.optim import RiemannianAdam, RiemannianMuon, RiemannianSGD, param_groups
-from lowrank_geo.optim.directions import EmbeddedSpectral, ProductSpectral, RowVariance, Signal
+from lowrank_geo.optim.directions import EmbeddedSpectral, ProductSpectral, Signal
 from lowrank_geo.optim.filters import EMA, HeavyBall, Nesterov, NesterovEMA
 from lowrank_geo.optim.metrics import metric_named, product_gradient
 from lowrank_geo.optim.schedules import constant, cosine, warmup_stable_decay
+from lowrank_geo.optim.variance import Variance
 
 STEP = torch.ones(1)
 
@@ -135,7 +136,7 @@ def test_product_gradient_is_the_horizontal_factor_gradient(point):
 def test_embedded_spectral_is_the_projected_polar_factor(point):
     p = point(20, 15, 4)
     xi = random_tangent(p)
-    direction, _ = EmbeddedSpectral(scale=1.0)(Signal(batched(xi), xi, xi, STEP), {})
+    direction, _ = EmbeddedSpectral(scale=1.0)(Signal(batched(xi), xi, xi, xi, STEP), {})
     ambient = embed(p, xi)
     P, _, Qt = torch.linalg.svd(ambient)
     expected = project(p, (P[:, :8] @ Qt[:8]) * math.sqrt(20))  # ξ has rank 2r = 8
@@ -146,7 +147,7 @@ def test_embedded_spectral_is_the_projected_polar_factor(point):
 def test_product_spectral_moves_by_the_stated_units(point):
     p = point(40, 30, 5)
     xi = random_tangent(p)
-    direction, _ = ProductSpectral(0.144, 0.7)(Signal(batched(xi), xi, xi, STEP), {})
+    direction, _ = ProductSpectral(0.2, 0.144, 0.7)(Signal(batched(xi), xi, xi, xi, STEP), {})
     sizes = [torch.linalg.matrix_norm(x[0], 2).item() for x in direction]
     assert sizes == pytest.approx([0.144 * 40**0.5, 0.7, 0.144 * 30**0.5], rel=2e-3)
 
@@ -154,14 +155,15 @@ def test_product_spectral_moves_by_the_stated_units(point):
 @pytest.mark.parametrize("direction", [EmbeddedSpectral(), ProductSpectral()])
 def test_spectral_directions_of_zero_are_zero(direction):
     zero = Tangent(*(torch.zeros(1, *s) for s in ((5, 2), (2, 2), (4, 2))))
-    found, _ = direction(Signal(zero, zero, zero, STEP), {})
+    found, _ = direction(Signal(zero, zero, zero, zero, STEP), {})
     assert all((x == 0).all() for x in found)
 
 
 @pytest.mark.parametrize("betas", [(0.95, 0.95), (0.9, 0.99)])
 def test_row_variance_is_adam_over_rows(point, betas):
     """m/(1−β₁ᵗ) / (√(v/(1−β₂ᵗ)) + ε) with v the EMA of mean squares of each row, over twelve steps in a fixed frame."""
-    p, rule, beta1, beta2 = point(6, 5, 2), RowVariance(betas), *betas
+    beta1, beta2 = betas
+    p, rule = point(6, 5, 2), Variance(beta2, gamma=beta2 if beta1 == beta2 else None)
     slots = {k: batched(v) for k, v in rule.slots(p).items()}
     momentum = batched(Tangent(*(torch.zeros_like(x) for x in p)))
     second = [torch.zeros(6, dtype=torch.float64), torch.zeros((), dtype=torch.float64)]
@@ -170,7 +172,9 @@ def test_row_variance_is_adam_over_rows(point, betas):
         mean = Tangent(
             *(beta1 * a + (1 - beta1) * b for a, b in zip(momentum, batched(g), strict=True))
         )
-        found, slots = rule(Signal(mean, batched(g), momentum, STEP * t), slots)
+        unbiased = Tangent(*(x / (1 - beta1**t) for x in mean))
+        signal = Signal(unbiased, batched(g), momentum, mean, STEP * t)
+        found, slots = rule(signal, slots)
         second[0] = beta2 * second[0] + (1 - beta2) * g.Up.square().mean(1)
         second[1] = beta2 * second[1] + (1 - beta2) * g.M.square().mean()
         momentum = mean

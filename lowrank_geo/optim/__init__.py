@@ -2,21 +2,25 @@
 retraction.
 """
 
-from lowrank_geo.optim import schedules
+from lowrank_geo.optim import filters, schedules
 from lowrank_geo.optim.adam import RiemannianAdam
 from lowrank_geo.optim.base import RiemannianOptimizer
 from lowrank_geo.optim.groups import param_groups
 from lowrank_geo.optim.muon import RiemannianMuon
 from lowrank_geo.optim.named import OPTIMIZERS, build
 from lowrank_geo.optim.sgd import RiemannianSGD
+from lowrank_geo.optim.sign import RiemannianLion, RiemannianSignum
 
 __all__ = [
     "OPTIMIZERS",
     "RiemannianAdam",
+    "RiemannianLion",
     "RiemannianMuon",
     "RiemannianOptimizer",
     "RiemannianSGD",
+    "RiemannianSignum",
     "build",
+    "filters",
     "param_groups",
     "schedules",
 ]

@@ -1,30 +1,40 @@
-"""Riemannian Adam with one second moment per row, tied betas by default."""
+"""Riemannian Adam: second moments by row, by matrix or by entry of the core, tied betas by default."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from lowrank_geo.optim import euclidean
-from lowrank_geo.optim.base import RiemannianOptimizer, check_betas
-from lowrank_geo.optim.directions import RowVariance
-from lowrank_geo.optim.filters import EMA
+from lowrank_geo.optim.base import RiemannianOptimizer
+from lowrank_geo.optim.checks import check_betas
+from lowrank_geo.optim.filters import QHM, unbias
 from lowrank_geo.optim.metrics import metric_named
 from lowrank_geo.optim.step import Rule
+from lowrank_geo.optim.variance import Over, Variance
+
+
+class Posterior(NamedTuple):
+    """A Gaussian belief about the gradient of one parameter."""
+
+    mean: Tensor  # of the shape of the parameter
+    variance: Tensor  # of one gradient; of that shape, or one for each row or matrix that shares it
 
 
 class RiemannianAdam(RiemannianOptimizer):
     """Adam whose moments live on the manifold, and torch.optim.AdamW's rule for the other
     parameters.
 
-    The first moment is a tangent vector carried along; the second is a mean square per row of Up
-    and Vp and one for M, which is invariant to the gauge and never moves. With β₁ = β₂ it stores
-    the variance σ², not the second moment.
+    The first moment is a tangent vector carried along; the second belongs to `over`: rows of Up and Vp and one for M,
+    the whole matrix, or rows and every entry of M (`Variance`). With β₁ = β₂ it stores the variance σ², not the second
+    moment.
 
+    Args: nus: weights of the averages against the current gradient and square, (1, 1) for Adam; QHAdam otherwise, and
+        (β₁, 1) is Nadam without momentum decay. gamma: second = m² + γ EMA[(g − m)²] whatever the betas (AdaVar).
     Units: at lr 1 every row of the direction has mean square at most 1.
     Raises: ValueError for betas out of [0, 1), a negative lr, an unknown metric or retraction.
-    Source: Orvieto & Gower, arXiv 2505.21829 (tied betas); Bécigneul & Ganea, arXiv 1810.00760
-        (scalar second moments).
+    Source: Orvieto & Gower, arXiv 2505.21829 (tied betas, AdaVar); Ma & Yarats, arXiv 1810.06801 (QHAdam); Bécigneul &
+        Ganea, arXiv 1810.00760 (scalar second moments).
     """
 
     def __init__(
@@ -34,7 +44,11 @@ class RiemannianAdam(RiemannianOptimizer):
         *,
         betas: tuple[float, float] = (0.95, 0.95),
         eps: float = 1e-8,
+        over: Over = "row",
+        nus: tuple[float, float] = (1.0, 1.0),
+        gamma: float | None = None,
         weight_decay: float = 0.0,
+        maximize: bool = False,
         euclidean_lr: float | Tensor | None = None,
         metric: str = "embedded",
         retraction: str = "orthographic",
@@ -44,7 +58,11 @@ class RiemannianAdam(RiemannianOptimizer):
             lr=lr,
             betas=tuple(betas),
             eps=eps,
+            over=over,
+            nus=tuple(nus),
+            gamma=gamma,
             weight_decay=weight_decay,
+            maximize=maximize,
             metric=metric,
             retraction=retraction,
         )
@@ -52,13 +70,53 @@ class RiemannianAdam(RiemannianOptimizer):
 
     def rule(self, group: dict[str, Any]) -> Rule:
         metric = metric_named(group["metric"], group["retraction"])
-        betas = group["betas"]
-        return Rule(metric, EMA(betas[0]), RowVariance(tuple(betas), group["eps"]))
+        beta = group["betas"][0]
+        return Rule(metric, QHM(group["nus"][0], beta, unbiased=True), self._variance(group))
 
-    def euclidean_slots(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return ("momentum", "variance")
+    def _variance(self, group: dict[str, Any]) -> Variance:
+        gamma, (beta1, beta2) = group["gamma"], group["betas"]
+        if gamma is None and beta1 == beta2:
+            gamma = beta2
+        return Variance(beta2, group["eps"], gamma, group["nus"][1], group["over"])
 
-    def euclidean_directions(
-        self, group: dict[str, Any], grads: list[Tensor], states: list[dict[str, Tensor]]
-    ) -> list[Tensor]:
-        return euclidean.adam_step(group, grads, states)
+    @torch.no_grad()
+    def gradient_posterior(self, parameter: Tensor) -> Posterior:
+        """What the moments say about the gradient of a parameter: mean, and variance of one gradient.
+
+        Adam with tied betas is online variational inference of a Gaussian: m is its mean, and σ²(1 + β)/(2β) estimates
+        the variance of the gradients without bias once the averages have settled. A factor of a low-rank layer
+        gets its part of the tangent vector.
+
+        Raises: ValueError for a parameter of another optimizer, or one without tied betas.
+        Source: Orvieto & Gower, arXiv 2505.21829, theorem 4.1.
+        """
+        for group in self.param_groups:
+            if any(parameter is p for p in group["params"]):
+                beta1, beta2 = group["betas"]
+                if beta1 != beta2 or group["gamma"] is not None or beta1 == 0:
+                    raise ValueError(
+                        f"gradient_posterior needs tied betas > 0 and no gamma, got {group['betas']} and "
+                        f"{group['gamma']}; make the optimizer with betas=(0.95, 0.95)"
+                    )
+                state = self.state[parameter]
+                weight = unbias(beta1, state["step"].clamp(min=1)).to(state["momentum"].dtype)
+                scale = (1 + beta1) / (2 * beta1)
+                return Posterior(state["momentum"] / weight, scale * state["variance"] / weight)
+        raise ValueError(
+            f"gradient_posterior needs a parameter of this optimizer, got one of shape "
+            f"{tuple(parameter.shape)}; pass e.g. layer.S"
+        )
+
+    @torch.no_grad()
+    def signal_to_noise(self) -> Tensor:
+        """|mean|²/variance of the gradients, summed over all parameters with tied betas; 0 before the first step.
+
+        Shapes: -> ().
+        """
+        signal, noise = [], []
+        for parameter in self.state:
+            mean, variance = self.gradient_posterior(parameter)
+            signal.append(mean.square().sum().float())
+            noise.append((variance.sum() * (mean.numel() / variance.numel())).float())
+        total = torch.stack(noise).sum()
+        return torch.where(total > 0, torch.stack(signal).sum() / total, 0.0)

@@ -2,9 +2,8 @@
 result.
 """
 
-import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,8 +12,17 @@ from torch.optim import Optimizer
 from lowrank_geo import guard
 from lowrank_geo.geometry import Point, Tangent
 from lowrank_geo.optim import euclidean
-from lowrank_geo.optim.groups import GEOMETRIES, check_gradient, counts, triples
-from lowrank_geo.optim.step import Rule, Schedule, move
+from lowrank_geo.optim.checks import check_group, check_state, geometry_of
+from lowrank_geo.optim.groups import check_gradient, counts, points_of
+from lowrank_geo.optim.step import Rule, propose, take
+
+
+class Pending(NamedTuple):
+    """What the optimizer would do to some parameters of one group; nothing has moved yet but state."""
+
+    group: dict[str, Any]
+    slope: Callable[[], Tensor]  # () -> (), ⟨gradient, direction⟩ over these parameters
+    take: Callable[[float | Tensor], None]  # move by a learning rate
 
 
 class RiemannianOptimizer(Optimizer):
@@ -35,23 +43,11 @@ class RiemannianOptimizer(Optimizer):
     ) -> None:
         self._euclidean_lr = defaults["lr"] if euclidean_lr is None else euclidean_lr
         self._transports: dict[int, Tensor] = {}
-        super().__init__(params, {"geometry": "euclidean", **defaults})
+        super().__init__(params, {"geometry": "euclidean", "maximize": False, **defaults})
 
     def rule(self, group: dict[str, Any]) -> Rule:
-        """Metric, filter and direction for the triples of a fixed_rank group."""
+        """Metric, filter and direction for a group; off the manifold the metric says nothing."""
         raise NotImplementedError
-
-    def euclidean_directions(
-        self, group: dict[str, Any], grads: list[Tensor], states: list[dict[str, Tensor]]
-    ) -> list[Tensor]:
-        """Directions of unit learning rate for the other parameters; updates their states in
-        place.
-        """
-        raise NotImplementedError
-
-    def euclidean_slots(self, group: dict[str, Any]) -> tuple[str, ...]:
-        """Names of the element-wise states of a group that is not fixed_rank."""
-        return ("momentum",)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, with fresh state at once.
@@ -60,59 +56,33 @@ class RiemannianOptimizer(Optimizer):
             the wrong geometry.
         """
         group = dict(param_group)
-        geometry = group.setdefault("geometry", "euclidean")
-        if geometry not in GEOMETRIES:
-            raise ValueError(
-                f"a parameter group needs geometry out of {', '.join(GEOMETRIES)}, got {geometry!r}; "
-                "use lowrank_geo.param_groups"
-            )
-        if geometry == "euclidean":
+        if geometry_of(group) == "euclidean":
             group.setdefault("lr", self._euclidean_lr)
         super().add_param_group(group)
+        added = self.param_groups[-1]
         try:
-            self._check_group(self.param_groups[-1])
+            check_group(added)
+            rule = self.rule(added)
         except (ValueError, TypeError):
             self.param_groups.pop()
             raise
-        self._create_state(self.param_groups[-1])
-
-    def _check_group(self, group: dict[str, Any]) -> None:
-        check_rate("lr", group["lr"])
-        check_rate("weight_decay", group["weight_decay"])
-        fixed = group["geometry"] == "fixed_rank"
-        for parameter in group["params"]:
-            if fixed != guard.is_marked(parameter):
-                shape = tuple(parameter.shape)
-                raise ValueError(
-                    f"a fixed_rank group needs layers with gradient='tangent', got a factor of shape {shape} "
-                    "without; use lowrank_geo.param_groups"
-                    if fixed
-                    else f"a {group['geometry']} group needs ordinary gradients, got a factor of a low-rank "
-                    f"layer, of shape {shape}; keep U, S, V together in a fixed_rank group, as "
-                    "lowrank_geo.param_groups does"
-                )
-        if fixed:
-            triples(group)
-            self.rule(group)
+        self._create_state(added, rule)
 
     @torch.no_grad()
-    def _create_state(self, group: dict[str, Any]) -> None:
+    def _create_state(self, group: dict[str, Any], rule: Rule) -> None:
         for parameter in group["params"]:
             kind = {"device": parameter.device, "dtype": torch.float32}
             self.state[parameter]["step"] = torch.zeros((), **kind)
         if group["geometry"] != "fixed_rank":
             for parameter in group["params"]:
-                for name in self.euclidean_slots(group):
+                for name in ("momentum", *rule.direction.flat_slots):
                     dtype = torch.promote_types(parameter.dtype, torch.float32)
                     self.state[parameter][name] = torch.zeros_like(parameter, dtype=dtype)
             return
-        direction = self.rule(group).direction
-        for point in (Point(*x) for x in zip(*[iter(group["params"])] * 3, strict=True)):
-            fresh = {"momentum": Tangent(*(torch.zeros_like(p) for p in point))}
-            for name, parts in {
-                **fresh,
-                **direction.slots(Point(*(p.detach() for p in point))),
-            }.items():
+        for point in points_of(group):
+            detached = Point(*(p.detach() for p in point))
+            fresh = {"momentum": Tangent(*(torch.zeros_like(p) for p in detached))}
+            for name, parts in {**fresh, **rule.direction.slots(detached)}.items():
                 for parameter, part in zip(point, parts, strict=True):
                     self.state[parameter][name] = part
 
@@ -123,18 +93,24 @@ class RiemannianOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for pending in self.pending():
+            pending.take(pending.group["lr"])
+        return loss
+
+    @torch.no_grad()
+    def pending(self) -> Iterator[Pending]:
+        """The step in parts, for those who choose its length from all of it: take each exactly once."""
         for group in self.param_groups:
             if group["geometry"] == "fixed_rank":
                 for points in self._buckets(group):
-                    self._move(group, points)
-            else:
-                self._step_euclidean(group)
-        return loss
+                    yield self._propose(group, points)
+            elif params := [p for p in group["params"] if p.grad is not None]:
+                yield self._propose_flat(group, params)
 
     def _buckets(self, group: dict[str, Any]) -> Iterator[list[Point]]:
         """The triples with a gradient, by shape, dtype and device."""
         buckets: dict[Any, list[Point]] = {}
-        for point in (Point(*x) for x in zip(*[iter(group["params"])] * 3, strict=True)):
+        for point in points_of(group):
             if point.S.grad is None:
                 continue
             if not guard.is_marked(point.U):
@@ -146,31 +122,31 @@ class RiemannianOptimizer(Optimizer):
             buckets.setdefault((shapes, point.S.dtype, point.S.device), []).append(point)
         return iter(buckets.values())
 
-    def _move(self, group: dict[str, Any], points: list[Point]) -> None:
+    def _propose(self, group: dict[str, Any], points: list[Point]) -> Pending:
         columns = list(zip(*points, strict=True))  # all U, all S, all V
-        rule, lr = self.rule(group), group["lr"]
+        rule = self.rule(group)
         names = ("momentum", *rule.direction.slots(Point(*(c[0] for c in columns))))
-        gradient = Tangent(*(stack([check_gradient(p) for p in column]) for column in columns))
+        gradient = Tangent(*(stack(_gradients(group, column)) for column in columns))
         states = {
             name: Tangent(*(stack([self.state[p][name] for p in column]) for column in columns))
             for name in names
         }
-        step = self._count(lr, points, gradient)
-        moved = move(
-            rule,
-            Point(*(stack(column) for column in columns)),
-            gradient,
-            states.pop("momentum"),
-            states,
-            Schedule(step, lr, group["weight_decay"]),
-        )
-        for column, new in zip(columns, moved.point, strict=True):
-            torch._foreach_copy_(list(column), list(new.unbind()))
-        for name, parts in {"momentum": moved.momentum, **moved.slots}.items():
-            for column, part in zip(columns, parts, strict=True):
-                torch._foreach_copy_([self.state[p][name] for p in column], list(part.unbind()))
-        for point, tau in zip(points, moved.transport.unbind(), strict=True):
-            self._transports[id(point.S)] = tau
+        point = Point(*(stack(column) for column in columns))
+        step = self._count(group["lr"], points, gradient)
+        proposal = propose(rule, point, gradient, states.pop("momentum"), states, step)
+
+        @torch.no_grad()
+        def move(lr: float | Tensor) -> None:
+            moved = take(rule, point, proposal, lr, group["weight_decay"])
+            for column, new in zip(columns, moved.point, strict=True):
+                torch._foreach_copy_(list(column), list(new.unbind()))
+            for name, parts in {"momentum": moved.momentum, **moved.slots}.items():
+                for column, part in zip(columns, parts, strict=True):
+                    torch._foreach_copy_([self.state[p][name] for p in column], list(part.unbind()))
+            for at, tau in zip(points, moved.transport.unbind(), strict=True):
+                self._transports[id(at.S)] = tau
+
+        return Pending(group, lambda: proposal.slope().sum(), move)
 
     def _count(self, lr: float | Tensor, points: list[Point], gradient: Tangent) -> Tensor:
         """Advance the counters; returns them, at least 1, for the bias corrections.
@@ -184,18 +160,20 @@ class RiemannianOptimizer(Optimizer):
             )
         return torch.stack([self.state[point.S]["step"] for point in points]).clamp(min=1)
 
-    def _step_euclidean(self, group: dict[str, Any]) -> None:
-        params = [p for p in group["params"] if p.grad is not None]
-        if not params:
-            return
+    def _propose_flat(self, group: dict[str, Any], params: list[Tensor]) -> Pending:
         states = [self.state[p] for p in params]
         kinds = [torch.promote_types(p.dtype, torch.float32) for p in params]
-        grads = [check_gradient(p).to(kind) for p, kind in zip(params, kinds, strict=True)]
+        grads = [g.to(kind) for g, kind in zip(_gradients(group, params), kinds, strict=True)]
         active = counts(group["lr"], grads)
         torch._foreach_add_([s["step"] for s in states], 1.0 if active is None else active)
-        directions = self.euclidean_directions(group, grads, states)
-        euclidean.decay(params, group["lr"], group["weight_decay"])
-        euclidean.descend(params, directions, group["lr"])
+        rule = self.rule(group)
+        found = euclidean.directions(rule.filter, rule.direction, grads, states)
+
+        @torch.no_grad()
+        def move(lr: float | Tensor) -> None:
+            euclidean.descend(params, found, lr, group["weight_decay"])
+
+        return Pending(group, lambda: euclidean.slope(grads, found), move)
 
     def transports(self) -> dict[str, float]:
         """τ = |Tm|/|m| of the last step by layer name: how much momentum survived the transport.
@@ -220,18 +198,18 @@ class RiemannianOptimizer(Optimizer):
             for parameter, key in zip(group["params"], saved["params"], strict=False)
         ]
         for parameter, saved in pairs:
-            for name, value in self.state[parameter].items():
-                if name not in saved or saved[name].shape != value.shape:
-                    got = tuple(saved[name].shape) if name in saved else "nothing"
-                    raise ValueError(
-                        f"{type(self).__name__}.load_state_dict needs {name} of shape {tuple(value.shape)}, "
-                        f"got {got}; load a state saved with the same optimizer, ranks and layers"
-                    )
+            check_state(f"{type(self).__name__}.load_state_dict", self.state[parameter], saved)
         super().load_state_dict(state_dict)
         for parameter, saved in pairs:
             self.state[parameter] = {
                 name: value.detach().to(parameter.device).clone() for name, value in saved.items()
             }
+
+
+def _gradients(group: dict[str, Any], params: Iterable[Tensor]) -> list[Tensor]:
+    """What to descend along: the gradients, or their negatives."""
+    grads = [check_gradient(p) for p in params]
+    return list(torch._foreach_neg(grads)) if group["maximize"] else grads
 
 
 def stack(tensors: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
@@ -248,23 +226,3 @@ def stack_flat(gradient: Tangent, index: int) -> Tensor:
     Shapes: a batched tangent -> (mr + r² + nr).
     """
     return torch.cat([part[index].flatten() for part in gradient])
-
-
-def check_rate(name: str, value: float | Tensor) -> None:
-    """Raise ValueError unless a learning rate or weight decay is finite and not negative.
-
-    A tensor on an accelerator is trusted: reading it would wait for the device.
-    """
-    if isinstance(value, Tensor) and value.device.type != "cpu":
-        return
-    number = float(value)
-    if not math.isfinite(number) or number < 0:
-        raise ValueError(f"{name} needs to be a finite number >= 0, got {number}; pass e.g. 1e-3")
-
-
-def check_betas(betas: tuple[float, float]) -> None:
-    """Raise ValueError unless both decay rates are in [0, 1)."""
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(
-            f"betas need to be two numbers in [0, 1), got {betas}; pass e.g. (0.95, 0.95)"
-        )

@@ -1,7 +1,8 @@
-"""From filtered gradient to step direction: identity, row-wise variance, spectral.
+"""From filtered gradient to step direction: identity, sign, clip, spectral. The adaptive one is in `variance`.
 
-A direction is called with the output of the filter and returns a tangent of unit learning rate,
-together with its own state. Each is invariant to the gauge (U, S, V) → (UQ, QᵀSP, VP).
+A direction is called with what one step knows of a batch of matrices and returns a tangent of unit learning rate,
+together with its own state. Most are invariant to the gauge (U, S, V) → (UQ, QᵀSP, VP); those that are not say so.
+`flat` is the same rule for parameters that are not factors.
 """
 
 from dataclasses import dataclass
@@ -11,23 +12,46 @@ import torch
 from torch import Tensor
 
 from lowrank_geo.geometry import Point, Tangent
-from lowrank_geo.optim.euclidean import unbias
 from lowrank_geo.orthonormal import msign
 
 Slots = dict[str, Tangent]  # state by name: one tensor beside each of U, S, V
+State = dict[str, Tensor]  # of one flat parameter, by name
 
 
 class Signal(NamedTuple):
-    """What a direction sees of one step."""
+    """What a direction sees of one step: tangents at the current points, batched."""
 
     output: Tangent  # of the filter
     gradient: Tangent
     momentum: Tangent  # before this step
+    mean: Tangent  # the momentum with this step's gradient in it
     step: Tensor  # (L,), counts from 1
+
+
+class FlatSignal(NamedTuple):
+    """The same for parameters off the manifold: one tensor each."""
+
+    outputs: list[Tensor]
+    gradients: list[Tensor]
+    means: list[Tensor]
+    noise: list[
+        Tensor
+    ]  # gradient − momentum before this step; empty unless the direction watches it
+    steps: list[Tensor]  # 0-d, count from 1
 
 
 class Direction(Protocol):
     """A rule for the step direction."""
+
+    @property
+    def flat_slots(self) -> tuple[str, ...]:
+        """Names of the states of a flat parameter besides its momentum."""
+        ...
+
+    @property
+    def watches_noise(self) -> bool:
+        """Whether it reads gradient − momentum."""
+        ...
 
     def slots(self, point: Point) -> Slots:
         """Fresh state for one matrix."""
@@ -35,74 +59,102 @@ class Direction(Protocol):
 
     def __call__(self, signal: Signal, slots: Slots) -> tuple[Tangent, Slots]: ...
 
+    def carry(self, slots: Slots, old: Point, new: Point) -> Slots:
+        """The state after the matrices have moved."""
+        ...
 
-@dataclass(frozen=True)
-class Identity:
-    """Steepest descent: the filtered gradient itself."""
+    def flat(self, signal: FlatSignal, states: list[State]) -> list[Tensor]:
+        """Directions of flat parameters; updates their states in place."""
+        ...
+
+
+class Stateless:
+    """A direction without state of its own."""
+
+    @property
+    def flat_slots(self) -> tuple[str, ...]:
+        return ()
+
+    @property
+    def watches_noise(self) -> bool:
+        return False
 
     def slots(self, point: Point) -> Slots:
         return {}
 
+    def carry(self, slots: Slots, old: Point, new: Point) -> Slots:
+        return slots
+
+
+@dataclass(frozen=True)
+class Identity(Stateless):
+    """Steepest descent: the filtered gradient itself."""
+
     def __call__(self, signal: Signal, slots: Slots) -> tuple[Tangent, Slots]:
         return signal.output, slots
 
+    def flat(self, signal: FlatSignal, states: list[State]) -> list[Tensor]:
+        return signal.outputs
+
 
 @dataclass(frozen=True)
-class RowVariance:
-    """Adam with one second moment per row of Up and of Vp and one for M: mean squares, so r = 1
-    is element-wise.
+class Sign(Stateless):
+    """The sign of every coordinate: Signum, Lion. Not gauge-invariant; `ProductSpectral` and `EmbeddedSpectral` are.
 
-    Rows belong to output and input neurons, which a gauge change or a retraction does not move,
-    so these need no transport. With tied betas σ² is stored, σ² ← β σ² + β(1−β)|g − m|², and the
-    second moment is m² + σ²; otherwise the second moment itself.
-
-    Source: Orvieto & Gower, arXiv 2505.21829, proposition 1 (the σ² recursion).
+    Units: at lr 1, every coordinate moves by 1 before the projection to the tangent space.
+    Source: Bernstein et al., ICML 2018; Chen et al., Lion, NeurIPS 2023.
     """
 
-    betas: tuple[float, float] = (0.95, 0.95)
-    eps: float = 1e-8
-
-    def slots(self, point: Point) -> Slots:
-        U, S, V = point
-        shapes = (U.shape[:1], (), V.shape[:1])
-        return {"variance": Tangent(*(U.new_zeros(shape) for shape in shapes))}
-
     def __call__(self, signal: Signal, slots: Slots) -> tuple[Tangent, Slots]:
-        over = ((-1,), (-2, -1), (-1,))  # what one row of Up, the core, one row of Vp average over
-        state = slots["variance"]
-        parts = [
-            self._part(o, g, m, variance, axes, signal.step)
-            for o, g, m, variance, axes in zip(
-                signal.output, signal.gradient, signal.momentum, state, over, strict=True
-            )
-        ]
-        return Tangent(*(p[0] for p in parts)), {"variance": Tangent(*(p[1] for p in parts))}
+        return Tangent(*(x.sign() for x in signal.output)), slots
 
-    def _part(
-        self,
-        mean: Tensor,
-        gradient: Tensor,
-        momentum: Tensor,
-        variance: Tensor,
-        over: tuple[int, ...],
-        step: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        beta1, beta2 = self.betas
-        t = step.reshape(-1, *(1,) * (variance.dim() - 1))
-        if beta1 == beta2:
-            noise = (gradient - momentum).square().mean(over)
-            variance = beta2 * variance + beta2 * (1 - beta2) * noise
-            second = mean.square().mean(over) + variance
-        else:
-            variance = beta2 * variance + (1 - beta2) * gradient.square().mean(over)
-            second = variance
-        second = second / unbias(beta2, t).to(second.dtype)
-        scale = 1 / (unbias(beta1, t).to(second.dtype) * (second.sqrt() + self.eps))
-        return mean * scale.reshape(*scale.shape, *(1,) * len(over)), variance
+    def flat(self, signal: FlatSignal, states: list[State]) -> list[Tensor]:
+        return [x.sign() for x in signal.outputs]
 
 
 @dataclass(frozen=True)
-class ProductSpectral:
+class Clip(Stateless):
+    """Every coordinate of the filtered gradient clipped to ±limit. Not gauge-invariant.
+
+    Raises: ValueError unless limit > 0.
+    Source: Orvieto & Gower, arXiv 2505.21829 (coordinate clipping after the average).
+    """
+
+    limit: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.limit > 0:
+            raise ValueError(f"Clip needs limit > 0, got {self.limit}; pass e.g. 1.0")
+
+    def __call__(self, signal: Signal, slots: Slots) -> tuple[Tangent, Slots]:
+        return Tangent(*(x.clamp(-self.limit, self.limit) for x in signal.output)), slots
+
+    def flat(self, signal: FlatSignal, states: list[State]) -> list[Tensor]:
+        return [x.clamp(-self.limit, self.limit) for x in signal.outputs]
+
+
+@dataclass(frozen=True)
+class Spectral(Stateless):
+    """What the spectral directions do to dense matrices: their polar factor.
+
+    Units: at lr 1, |ΔW|₂ = scale·√max(m, n), as torch.optim.Muon's "match_rms_adamw".
+    Source: Jordan et al., Muon, 2024.
+    """
+
+    scale: float = 0.2
+
+    def flat(self, signal: FlatSignal, states: list[State]) -> list[Tensor]:
+        """A convolution counts as an out × (in·kh·kw) matrix."""
+        directions = []
+        for output in signal.outputs:
+            matrix = output.flatten(1)
+            size = self.scale * max(matrix.shape) ** 0.5
+            directions.append((msign(matrix) * size).reshape(output.shape))
+        return directions
+
+
+@dataclass(frozen=True)
+class ProductSpectral(Spectral):
     """Muon in the product metric: msign of the two rotations and of the core, each with its own
     scale.
 
@@ -111,9 +163,6 @@ class ProductSpectral:
 
     rotation: float = 0.144
     spectrum: float = 0.7
-
-    def slots(self, point: Point) -> Slots:
-        return {}
 
     def __call__(self, signal: Signal, slots: Slots) -> tuple[Tangent, Slots]:
         Up, M, Vp = signal.output
@@ -126,18 +175,13 @@ class ProductSpectral:
 
 
 @dataclass(frozen=True)
-class EmbeddedSpectral:
+class EmbeddedSpectral(Spectral):
     """Muon in the embedded metric: the projection to the tangent space of msign of the embedded
     momentum.
 
     Units: at lr 1, |ξ|₂ ≤ scale·√max(m, n) before the projection, as torch.optim.Muon's
         "match_rms_adamw".
     """
-
-    scale: float = 0.2
-
-    def slots(self, point: Point) -> Slots:
-        return {}
 
     def __call__(self, signal: Signal, slots: Slots) -> tuple[Tangent, Slots]:
         Up, M, Vp = signal.output

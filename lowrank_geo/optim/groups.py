@@ -115,6 +115,11 @@ def triples(group: dict[str, Any]) -> list[Point]:
     return points
 
 
+def points_of(group: dict[str, Any]) -> list[Point]:
+    """The triples of a group that has been checked."""
+    return [Point(*x) for x in zip(*[iter(group["params"])] * 3, strict=True)]
+
+
 def check_gradient(parameter: Tensor) -> Tensor:
     """The gradient of a parameter.
 

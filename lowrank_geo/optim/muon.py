@@ -7,12 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
-from lowrank_geo.optim import euclidean
-from lowrank_geo.optim.base import RiemannianOptimizer, check_betas
+from lowrank_geo.optim.base import RiemannianOptimizer
+from lowrank_geo.optim.checks import check_betas
 from lowrank_geo.optim.directions import EmbeddedSpectral, ProductSpectral
-from lowrank_geo.optim.filters import EMA, Filter, NesterovEMA
+from lowrank_geo.optim.filters import EMA, NesterovEMA
 from lowrank_geo.optim.metrics import metric_named
 from lowrank_geo.optim.step import Rule
+from lowrank_geo.optim.variance import Variance
 
 
 class RiemannianMuon(RiemannianOptimizer):
@@ -38,6 +39,7 @@ class RiemannianMuon(RiemannianOptimizer):
         momentum: float = 0.95,
         nesterov: bool = True,
         weight_decay: float = 0.0,
+        maximize: bool = False,
         euclidean_lr: float | Tensor = 2e-3,
         betas: tuple[float, float] = (0.95, 0.95),
         eps: float = 1e-8,
@@ -58,6 +60,7 @@ class RiemannianMuon(RiemannianOptimizer):
             momentum=momentum,
             nesterov=nesterov,
             weight_decay=weight_decay,
+            maximize=maximize,
             betas=tuple(betas),
             eps=eps,
             metric=metric,
@@ -70,24 +73,12 @@ class RiemannianMuon(RiemannianOptimizer):
 
     def rule(self, group: dict[str, Any]) -> Rule:
         metric = metric_named(group["metric"], group["retraction"])
+        if group["geometry"] == "euclidean":
+            beta1, beta2 = group["betas"]
+            gamma = beta2 if beta1 == beta2 else None
+            return Rule(metric, EMA(beta1, unbiased=True), Variance(beta2, group["eps"], gamma))
+        momentum = (NesterovEMA if group["nesterov"] else EMA)(group["momentum"])
         if metric.name == "product":
-            direction = ProductSpectral(group["rotation"], group["spectrum"])
-            return Rule(metric, self._filter(group), direction)
-        return Rule(metric, self._filter(group), EmbeddedSpectral(group["scale"]))
-
-    def _filter(self, group: dict[str, Any]) -> Filter:
-        return (NesterovEMA if group["nesterov"] else EMA)(group["momentum"])
-
-    def euclidean_slots(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return ("momentum",) if group["geometry"] == "matrix" else ("momentum", "variance")
-
-    def euclidean_directions(
-        self, group: dict[str, Any], grads: list[Tensor], states: list[dict[str, Tensor]]
-    ) -> list[Tensor]:
-        if group["geometry"] == "matrix":
-            momenta = [s["momentum"] for s in states]
-            how = self._filter(group).coefficients(states[0]["step"])
-            return euclidean.muon_directions(
-                euclidean.filtered(grads, momenta, how), group["scale"]
-            )
-        return euclidean.adam_step(group, grads, states)
+            scales = group["scale"], group["rotation"], group["spectrum"]
+            return Rule(metric, momentum, ProductSpectral(*scales))
+        return Rule(metric, momentum, EmbeddedSpectral(group["scale"]))

@@ -1,13 +1,12 @@
-"""Riemannian stochastic gradient descent with heavy-ball or Nesterov momentum."""
+"""Riemannian stochastic gradient descent with any momentum filter."""
 
 from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
 
-from lowrank_geo.optim import euclidean
 from lowrank_geo.optim.base import RiemannianOptimizer
-from lowrank_geo.optim.directions import Identity
+from lowrank_geo.optim.directions import Clip, Identity
 from lowrank_geo.optim.filters import Filter, HeavyBall, Nesterov
 from lowrank_geo.optim.metrics import metric_named
 from lowrank_geo.optim.step import Rule
@@ -16,6 +15,9 @@ from lowrank_geo.optim.step import Rule
 class RiemannianSGD(RiemannianOptimizer):
     """W ← R(−lr·m) with m ← β T(m) + grad, and torch.optim.SGD's rule for the other parameters.
 
+    Args: filter: a momentum rule of `lowrank_geo.optim.filters` in place of momentum and nesterov; it is not part of
+        state_dict. clip: largest coordinate of the filtered gradient. keep_norm: rescale the transported momentum to
+        the norm it had, so that the filter has the gain it was designed with.
     Units: lr is W per gradient, as in torch.optim.SGD.
     Raises: ValueError for a momentum out of [0, 1), a negative lr, an unknown metric or retraction.
     Source: Absil, Mahony & Sepulchre, Optimization Algorithms on Matrix Manifolds, 2008 (the
@@ -29,18 +31,30 @@ class RiemannianSGD(RiemannianOptimizer):
         *,
         momentum: float = 0.9,
         nesterov: bool = False,
+        filter: Filter | None = None,
+        clip: float | None = None,
+        keep_norm: bool = False,
         weight_decay: float = 0.0,
+        maximize: bool = False,
         euclidean_lr: float | Tensor | None = None,
         metric: str = "embedded",
         retraction: str = "orthographic",
     ) -> None:
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum needs to be in [0, 1), got {momentum}; pass e.g. 0.9")
+        if filter is not None and not hasattr(filter, "coefficients"):
+            raise TypeError(
+                f"filter needs a rule of lowrank_geo.optim.filters, got {filter!r}; pass e.g. QHM(0.7, 0.99)"
+            )
+        self._filter = filter
         defaults = dict(
             lr=lr,
             momentum=momentum,
             nesterov=nesterov,
+            clip=clip,
+            keep_norm=keep_norm,
             weight_decay=weight_decay,
+            maximize=maximize,
             metric=metric,
             retraction=retraction,
         )
@@ -48,13 +62,6 @@ class RiemannianSGD(RiemannianOptimizer):
 
     def rule(self, group: dict[str, Any]) -> Rule:
         metric = metric_named(group["metric"], group["retraction"])
-        return Rule(metric, self._filter(group), Identity())
-
-    def _filter(self, group: dict[str, Any]) -> Filter:
-        return (Nesterov if group["nesterov"] else HeavyBall)(group["momentum"])
-
-    def euclidean_directions(
-        self, group: dict[str, Any], grads: list[Tensor], states: list[dict[str, Tensor]]
-    ) -> list[Tensor]:
-        how = self._filter(group).coefficients(states[0]["step"])
-        return euclidean.filtered(grads, [s["momentum"] for s in states], how)
+        momentum = (Nesterov if group["nesterov"] else HeavyBall)(group["momentum"])
+        direction = Identity() if group["clip"] is None else Clip(group["clip"])
+        return Rule(metric, self._filter or momentum, direction, group["keep_norm"])

@@ -1,0 +1,146 @@
+"""Second moments: what divides the filtered gradient in Adam and its relatives.
+
+On the manifold a second moment belongs to rows of Up and Vp, which are output and input neurons: a change of gauge or a
+retraction does not move them, so they need no transport. Off the manifold it belongs to elements.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lowrank_geo.geometry import Point, Tangent
+from lowrank_geo.optim.directions import FlatSignal, Signal, Slots, State
+from lowrank_geo.optim.filters import unbias
+
+Over = Literal["row", "matrix", "core"]
+
+
+@dataclass(frozen=True)
+class Variance:
+    """output/(√second + ε), with mean squares over what shares one second moment, so that r = 1 is element-wise.
+
+    `gamma` is None: second = EMA[g²]. A number: second = m² + σ², σ² ← β σ² + γ(1−β)|g − m|² with the old m, which for
+    γ = β and a first moment of the same β is Adam with tied betas, without the cancellation of v − m². `nu` mixes the
+    current square in, as QHAdam does. Both are divided by 1 − βᵗ.
+
+    `over`: "row", one number for each row of Up and Vp and one for M; "matrix", one number for all; "core", rows of Up
+    and Vp and every entry of M, carried along as (P∘P)ᵀ σ² (Q∘Q), which is exact for uncorrelated entries but not
+    invariant to the gauge.
+
+    Raises: ValueError for values out of range.
+    Source: Orvieto & Gower, arXiv 2505.21829, proposition 1 and appendix C.4 (AdaVar); Ma & Yarats, arXiv 1810.06801
+        (ν); Bécigneul & Ganea, arXiv 1810.00760 ("matrix").
+    """
+
+    beta: float = 0.95
+    eps: float = 1e-8
+    gamma: float | None = 0.95
+    nu: float = 1.0
+    over: Over = "row"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.beta < 1:
+            raise ValueError(f"Variance needs beta in [0, 1), got {self.beta}; pass e.g. 0.95")
+        if not self.eps >= 0:
+            raise ValueError(f"Variance needs eps >= 0, got {self.eps}; pass e.g. 1e-8")
+        if self.gamma is not None and not self.gamma >= 0:
+            raise ValueError(f"Variance needs gamma >= 0, got {self.gamma}; pass e.g. 0.95")
+        if not 0 <= self.nu <= 1:
+            raise ValueError(f"Variance needs nu in [0, 1], got {self.nu}; pass 1.0")
+        if self.over not in ("row", "matrix", "core"):
+            raise ValueError(
+                f"Variance needs over 'row', 'matrix' or 'core', got {self.over!r}; use one of them"
+            )
+
+    @property
+    def flat_slots(self) -> tuple[str, ...]:
+        return ("variance",)
+
+    @property
+    def watches_noise(self) -> bool:
+        return self.gamma is not None
+
+    def slots(self, point: Point) -> Slots:
+        U, S, V = point
+        core = S.shape if self.over == "core" else ()
+        rows = self.over != "matrix"
+        shapes = (U.shape[:1] if rows else (), core, V.shape[:1] if rows else ())
+        return {"variance": Tangent(*(U.new_zeros(shape) for shape in shapes))}
+
+    def carry(self, slots: Slots, old: Point, new: Point) -> Slots:
+        if self.over != "core":
+            return slots
+        state = slots["variance"]
+        P, Q = old.U.mT @ new.U, old.V.mT @ new.V  # old coordinates of the new frames
+        return {"variance": state._replace(M=P.square().mT @ state.M @ Q.square())}
+
+    def __call__(self, signal: Signal, slots: Slots) -> tuple[Tangent, Slots]:
+        noise = Tangent(
+            *(g - m for g, m in zip(signal.gradient, signal.momentum, strict=True))
+            if self.watches_noise
+            else signal.gradient
+        )
+        sample, square, current = (self._means(x) for x in (noise, signal.mean, signal.gradient))
+        variance = Tangent(
+            *(self._average(v, s) for v, s in zip(slots["variance"], sample, strict=True))
+        )
+        direction = [
+            output
+            / expand(
+                (self._second(v, m, g, signal.step).sqrt() + self.eps).to(output.dtype), output
+            )
+            for output, v, m, g in zip(signal.output, variance, square, current, strict=True)
+        ]
+        return Tangent(*direction), {"variance": variance}
+
+    def flat(self, signal: FlatSignal, states: list[State]) -> list[Tensor]:
+        variances = [s["variance"] for s in states]
+        sample = signal.noise if self.watches_noise else signal.gradients
+        torch._foreach_mul_(variances, self.beta)
+        torch._foreach_addcmul_(variances, sample, sample, value=self._weight)
+        directions = []
+        for output, v, m, g, step in zip(
+            signal.outputs, variances, signal.means, signal.gradients, signal.steps, strict=True
+        ):
+            square = m.square() if self.watches_noise else m
+            second = self._second(v, square, g.square() if self.nu < 1 else g, step)
+            directions.append(output / second.sqrt_().add_(self.eps))
+        return directions
+
+    @property
+    def _weight(self) -> float:
+        return (1 if self.gamma is None else self.gamma) * (1 - self.beta)
+
+    def _average(self, variance: Tensor, sample: Tensor) -> Tensor:
+        return self.beta * variance + self._weight * sample
+
+    def _second(self, variance: Tensor, mean: Tensor, current: Tensor, step: Tensor) -> Tensor:
+        """The unbiased second moment from σ² or v, m² and g²."""
+        second = variance + mean if self.watches_noise else variance.clone()
+        weight = unbias(self.beta, step.reshape(-1, *(1,) * (second.dim() - 1)))
+        second = second / weight.reshape(weight.shape if second.dim() else ()).to(second.dtype)
+        return second if self.nu == 1 else (1 - self.nu) * current + self.nu * second
+
+    def _means(self, xi: Tangent) -> Tangent:
+        """Mean squares over what shares a second moment.
+
+        Shapes: (L, m, r), (L, r, r), (L, n, r) -> (L, m), (L) or (L, r, r), (L, n); for "matrix" thrice (L).
+        """
+        up, core, vp = (x.square() for x in xi)
+        if self.over == "matrix":
+            count = up[0].numel() + core[0].numel() + vp[0].numel()
+            one = (up.sum((-2, -1)) + core.sum((-2, -1)) + vp.sum((-2, -1))) / count
+            return Tangent(one, one, one)
+        return Tangent(
+            up.mean(-1), core if self.over == "core" else core.mean((-2, -1)), vp.mean(-1)
+        )
+
+
+def expand(scale: Tensor, like: Tensor) -> Tensor:
+    """Trailing dimensions of 1 until `scale` broadcasts over `like`.
+
+    Shapes: (L), (L, m) or (L, r, r) with (L, m, r) -> three dimensions.
+    """
+    return scale.reshape(*scale.shape, *(1,) * (like.dim() - scale.dim()))
