@@ -1,0 +1,149 @@
+"""What users expect of a torch optimizer: one list of optimizers (test_optim) × what torch's own tools do with them."""
+
+import copy
+import io
+
+import pytest
+import torch
+from optimizer_list import Net, backward, every_optimizer, run, snapshot, states
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lowrank_geo.optim import RiemannianAdam, RiemannianMuon, RiemannianSGD, param_groups
+from lowrank_geo.optim.euclidean import rounded
+
+
+@pytest.fixture
+def net():
+    return Net()
+
+
+@pytest.fixture
+def data():
+    x = torch.randn(64, 8)
+    return x, torch.tanh(x @ torch.randn(8, 4))
+
+
+@every_optimizer
+def test_maximize_is_descent_of_the_negative(make, net, data):
+    other = copy.deepcopy(net)
+    run(net, make(param_groups(net)), data, 3)
+    groups = [{**group, "maximize": True} for group in param_groups(other)]
+    optimizer = make(groups)
+    for _ in range(3):
+        backward(other, data, scale=-1.0)
+        optimizer.step()
+    expected = snapshot(net)
+    assert all(torch.equal(p, expected[name]) for name, p in other.named_parameters())
+
+
+class NoHostReads(TorchDispatchMode):
+    """Fails where a tensor is read back to the host, as a CUDA graph or a device would."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default):
+            raise AssertionError(f"the step reads a tensor back: {func}")
+        return func(*args, **(kwargs or {}))
+
+
+@every_optimizer
+@pytest.mark.parametrize("tensor", [False, True], ids=["float lr", "tensor lr"])
+def test_the_step_reads_nothing_back_to_the_host(make, net, data, tensor):
+    rates = [torch.tensor(0.01) if tensor else 0.01 for _ in range(2)]
+    optimizer = make(param_groups(net, lr=rates[0], euclidean_lr=rates[1], weight_decay=0.1))
+    backward(net, data)
+    with NoHostReads():
+        optimizer.step()
+    with pytest.raises(AssertionError, match="reads a tensor back"), NoHostReads():
+        bool(net.first.S.sum() > 0)
+
+
+@every_optimizer
+@pytest.mark.parametrize("trained", [0, 3])
+def test_distributed_checkpoint_gets_and_sets_the_state(make, net, data, trained):
+    """The getter may take a step with lr = 0 to make state; here it must find it there and change nothing."""
+    optimizer = make(param_groups(net, weight_decay=0.1))
+    run(net, optimizer, data, trained)
+    before, kept = snapshot(net), states(optimizer)
+    # The getter writes lr into the groups; the model must see every parameter in the optimizer.
+    saved = copy.deepcopy(get_optimizer_state_dict(net, optimizer))
+    assert all(torch.equal(p, before[name]) for name, p in net.named_parameters())
+    assert all(torch.equal(a, b) for a, b in zip(states(optimizer), kept, strict=True))
+    twin = copy.deepcopy(net)
+    resumed = make(param_groups(twin, weight_decay=0.1))
+    set_optimizer_state_dict(twin, resumed, saved)
+    run(net, optimizer, data, 2)
+    run(twin, resumed, data, 2)
+    expected = snapshot(net)
+    assert all(torch.equal(p, expected[name]) for name, p in twin.named_parameters())
+
+
+@every_optimizer
+def test_clipped_gradients_are_what_the_step_sees(make, net, data):
+    optimizer = make(param_groups(net))
+    backward(net, data)
+    size = torch.nn.utils.clip_grad_norm_(net.parameters(), 1e-3)
+    assert size > 1e-3
+    seen = torch.nn.utils.get_total_norm([p.grad for p in net.parameters() if p.grad is not None])
+    assert seen.item() == pytest.approx(1e-3, rel=1e-3)
+    optimizer.step()
+    assert all(torch.isfinite(p).all() for p in net.parameters())
+
+
+@every_optimizer
+def test_unknown_keywords_are_refused(make, net):
+    cls = type(make(param_groups(net)))
+    with pytest.raises(TypeError, match="v_coefficient"):
+        cls(param_groups(net), v_coefficient=1.0)
+
+
+def test_complex_gradients_are_refused():
+    p = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+    optimizer = RiemannianSGD([p])
+    p.grad = torch.ones_like(p)
+    with pytest.raises(
+        RuntimeError, match=r"dense real gradients, got a complex one of shape \(2,\)"
+    ):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("optimizer", [RiemannianSGD, RiemannianAdam, RiemannianMuon])
+def test_bfloat16_parameters_follow_steps_below_their_resolution(optimizer):
+    """A thousand steps of 2⁻¹² of the parameter: rounding to nearest would move none of them."""
+    p = nn.Parameter(torch.ones(2000).bfloat16())
+    settings = {"momentum": 0.0} if optimizer is RiemannianSGD else {}
+    made = optimizer([{"params": [p], "lr": 2.0**-12}], **settings)
+    for _ in range(1000):
+        p.grad = torch.ones_like(p)
+        made.step()
+    moved = 1 - p.float().mean().item()
+    assert moved == pytest.approx(1000 * 2.0**-12, rel=0.05)
+    assert {v.dtype for v in made.state[p].values()} == {torch.float32}
+
+
+def test_stochastic_rounding_is_exact_on_what_bfloat16_holds_and_unbiased_between():
+    held = torch.randn(1000).bfloat16().float()
+    assert torch.equal(rounded(held).float(), held)
+    between = torch.full((200_000,), 1 + 2.0**-9)  # a quarter of the way to the next number
+    found = rounded(between).float()
+    assert set(found.tolist()) == {1.0, 1 + 2.0**-7}
+    assert found.mean().item() == pytest.approx(1 + 2.0**-9, abs=5e-5)
+    odd = torch.tensor([torch.inf, -torch.inf, torch.nan])
+    assert torch.equal(rounded(odd)[:2].float(), odd[:2]) and rounded(odd)[2].isnan()
+
+
+def test_state_moves_with_the_device_and_keeps_its_dtype(net, data):
+    optimizer = RiemannianAdam(param_groups(net))
+    run(net, optimizer, data, 2)
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    low = Net().bfloat16()
+    loaded = RiemannianAdam(param_groups(low))
+    loaded.load_state_dict(torch.load(file, weights_only=True))
+    assert {value.dtype for value in states(loaded)} == {torch.float32}
+    assert all(torch.equal(a, b) for a, b in zip(states(loaded), states(optimizer), strict=True))
