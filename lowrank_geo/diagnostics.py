@@ -76,17 +76,20 @@ def _deviation(Q: Tensor) -> Tensor:
     return (Q.mT @ Q - identity).abs().max().float()
 
 
-def snapshot(model: nn.Module, optimizer: Any = None) -> dict[str, dict[str, Any]]:
+def snapshot(model: nn.Module, optimizer: Any = None) -> dict[str, Any]:
     """The layers' part of a "diagnostics" line of `metrics.jsonl`: plain numbers, None where JSON has none.
 
-    "transport" holds |Tξ|/|ξ| of the last step for an optimizer that reports it, and is empty otherwise.
+    "transport" holds |Tξ|/|ξ| of the last step for an optimizer that reports it, and is empty otherwise;
+    "signal_to_noise", of the gradients, is there for optimizers that estimate it.
 
     >>> from lowrank_geo.layers import LowRankLinear
     >>> sorted(snapshot(nn.Sequential(LowRankLinear(6, 4, rank=2))))
     ['orthonormality', 'ranks', 'spectra', 'transport']
     """
     transports = getattr(optimizer, "transports", dict)
-    return {
+    noise = getattr(optimizer, "signal_to_noise", None)
+    known = {} if noise is None else {"signal_to_noise": _finite(float(noise()))}
+    return known | {
         "ranks": {name: layer.rank for name, layer in lowrank_layers(model)},
         "spectra": {
             name: [_finite(float(f"{value:.{DIGITS}g}")) for value in values.tolist()]

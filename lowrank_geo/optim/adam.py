@@ -93,7 +93,7 @@ class RiemannianAdam(RiemannianOptimizer):
         for group in self.param_groups:
             if any(parameter is p for p in group["params"]):
                 beta1, beta2 = group["betas"]
-                if beta1 != beta2 or group["gamma"] is not None or beta1 == 0:
+                if not _is_tied(group):
                     raise ValueError(
                         f"gradient_posterior needs tied betas > 0 and no gamma, got {group['betas']} and "
                         f"{group['gamma']}; make the optimizer with betas=(0.95, 0.95)"
@@ -109,14 +109,20 @@ class RiemannianAdam(RiemannianOptimizer):
 
     @torch.no_grad()
     def signal_to_noise(self) -> Tensor:
-        """|mean|²/variance of the gradients, summed over all parameters with tied betas; 0 before the first step.
+        """|mean|²/variance of the gradients, summed over all parameters with tied betas; 0 if there is nothing to sum.
 
         Shapes: -> ().
         """
-        signal, noise = [], []
-        for parameter in self.state:
+        signal, noise = [torch.zeros(())], [torch.zeros(())]
+        tied = (p for group in self.param_groups if _is_tied(group) for p in group["params"])
+        for parameter in tied:
             mean, variance = self.gradient_posterior(parameter)
-            signal.append(mean.square().sum().float())
-            noise.append((variance.sum() * (mean.numel() / variance.numel())).float())
+            signal.append(mean.square().sum().float().cpu())
+            noise.append((variance.sum() * (mean.numel() / variance.numel())).float().cpu())
         total = torch.stack(noise).sum()
         return torch.where(total > 0, torch.stack(signal).sum() / total, 0.0)
+
+
+def _is_tied(group: dict[str, Any]) -> bool:
+    beta1, beta2 = group["betas"]
+    return beta1 == beta2 and beta1 > 0 and group["gamma"] is None

@@ -1,7 +1,6 @@
 """Optimizers by name, with the learning rates each one starts from."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -10,26 +9,65 @@ from torch.optim import Optimizer
 
 from lowrank_geo.functional import Gradient
 from lowrank_geo.optim.adam import RiemannianAdam
+from lowrank_geo.optim.filters import EMA, FSGDM, QHM, Filter
 from lowrank_geo.optim.groups import param_groups
 from lowrank_geo.optim.muon import RiemannianMuon
 from lowrank_geo.optim.sgd import RiemannianSGD
+from lowrank_geo.optim.sign import RiemannianLion, RiemannianSignum
+
+Groups = list[dict[str, Any]]
 
 
 class Named(NamedTuple):
-    """A constructor of parameter groups and its default learning rates."""
+    """A constructor, from parameter groups and the length of the run, and its default learning rates."""
 
-    make: Callable[[list[dict[str, Any]]], Optimizer]
+    make: Callable[[Groups, int | None], Optimizer]
     lr: float
     euclidean_lr: float
     gradient: Gradient = "tangent"  # what it reads
 
 
+def of(cls: Callable[..., Optimizer], **settings: Any) -> Callable[[Groups, int | None], Optimizer]:
+    """A constructor that does not care how long the run is."""
+    return lambda groups, total_steps: cls(groups, **settings)
+
+
+def momentum(filter: Filter, **settings: Any) -> Callable[[Groups, int | None], Optimizer]:
+    """RiemannianSGD with a momentum rule."""
+    return of(RiemannianSGD, filter=filter, **settings)
+
+
+def fsgdm(groups: Groups, total_steps: int | None) -> Optimizer:
+    """RiemannianSGD with the filter that follows the run.
+
+    Raises: ValueError without total_steps.
+    """
+    if total_steps is None:
+        raise ValueError(
+            "optimizer 'fsgdm' needs total_steps, got None; pass the length of the run"
+        )
+    return RiemannianSGD(groups, filter=FSGDM(total_steps))
+
+
 OPTIMIZERS: dict[str, Named] = {
-    "adam": Named(RiemannianAdam, 5e-3, 2e-3),
-    "adamw": Named(torch.optim.AdamW, 2e-3, 2e-3, gradient="factors"),
-    "muon": Named(RiemannianMuon, 1e-2, 2e-3),
-    "muon-embedded": Named(partial(RiemannianMuon, metric="embedded"), 2e-2, 2e-3),
-    "sgd": Named(RiemannianSGD, 0.1, 0.1),
+    "adam": Named(of(RiemannianAdam), 5e-3, 2e-3),
+    "adam-core": Named(of(RiemannianAdam, over="core"), 5e-3, 2e-3),
+    "adam-scalar": Named(of(RiemannianAdam, over="matrix"), 5e-3, 2e-3),
+    "adamw": Named(of(torch.optim.AdamW), 2e-3, 2e-3, gradient="factors"),
+    "adavar": Named(of(RiemannianAdam, betas=(0.95, 0.975), gamma=0.975), 5e-3, 2e-3),
+    "fsgdm": Named(fsgdm, 0.1, 0.1),
+    "lion": Named(of(RiemannianLion), 5e-4, 5e-4),
+    "muon": Named(of(RiemannianMuon), 1e-2, 2e-3),
+    "muon-embedded": Named(of(RiemannianMuon, metric="embedded"), 2e-2, 2e-3),
+    "qhadam": Named(of(RiemannianAdam, betas=(0.95, 0.98), nus=(0.8, 1.0)), 5e-3, 2e-3),
+    "qhm": Named(momentum(QHM(0.7, 0.99)), 1.0, 1.0),
+    "rmsprop": Named(of(RiemannianAdam, betas=(0.0, 0.95)), 2e-3, 1e-3),
+    "sgd": Named(of(RiemannianSGD), 0.1, 0.1),
+    "sgd-clipped": Named(momentum(EMA(0.9), clip=1.0), 1.0, 1.0),
+    "sgd-nesterov": Named(of(RiemannianSGD, nesterov=True), 0.1, 0.1),
+    "sgd-plain": Named(of(RiemannianSGD, momentum=0.0), 1.0, 1.0),
+    "signsgd": Named(of(RiemannianSignum, momentum=0.0), 5e-4, 5e-4),
+    "signum": Named(of(RiemannianSignum), 5e-4, 5e-4),
 }
 
 
@@ -40,11 +78,13 @@ def build(
     lr: float | None = None,
     euclidean_lr: float | None = None,
     weight_decay: float = 0.0,
+    total_steps: int | None = None,
 ) -> Optimizer:
     """The optimizer called `name` on all parameters of a model; "adamw" is torch's, on U, S, V as
     they are.
 
-    Args: lr, euclidean_lr: of the weight matrices, of the rest; None for the method's own.
+    Args: lr, euclidean_lr: of the weight matrices, of the rest; None for the method's own. total_steps: length of the
+        run, for methods that follow it.
     Raises: ValueError for an unknown name.
     """
     if name not in OPTIMIZERS:
@@ -58,4 +98,4 @@ def build(
         weight_decay=weight_decay,
         gradient=named.gradient,
     )
-    return named.make(groups)
+    return named.make(groups, total_steps)

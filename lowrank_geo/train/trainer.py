@@ -41,6 +41,7 @@ class Trainer:
             lr=config.lr,
             euclidean_lr=config.euclidean_lr,
             weight_decay=config.weight_decay,
+            total_steps=config.steps,
         )
         self.schedule = schedule_of(config, self.optimizer)
         self.precision = precision_of(config, workers.device)

@@ -1,0 +1,42 @@
+"""Optimizers by name: each trains a net at its own learning rates, and says what it needs."""
+
+import pytest
+import torch
+from optimizer_list import Net, run
+
+from lowrank_geo import diagnostics, optim
+from lowrank_geo.optim import OPTIMIZERS
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_name_descends_at_its_own_rates(name):
+    net, x = Net(), torch.randn(64, 8)
+    optimizer = optim.build(name, net, weight_decay=0.1, total_steps=60)
+    # A tenth of the rates of a language model: this net is small and its gradients are large.
+    for group in optimizer.param_groups:
+        group["lr"] *= 0.1
+    losses = run(net, optimizer, (x, torch.tanh(x @ torch.randn(8, 4))), 60)
+    assert losses[-1] < losses[0]
+
+
+def test_the_method_that_follows_the_run_needs_its_length():
+    with pytest.raises(ValueError, match="'fsgdm' needs total_steps, got None"):
+        optim.build("fsgdm", Net())
+
+
+def test_an_unknown_name_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"one of adam, .*, signum, got 'adan'; use one of them"):
+        optim.build("adan", Net())
+
+
+@pytest.mark.parametrize("name, known", [("adam", True), ("qhadam", True), ("muon", False)])
+def test_diagnostics_hold_the_signal_to_noise_of_those_that_estimate_it(name, known):
+    net, x = Net(), torch.randn(64, 8)
+    optimizer = optim.build(name, net)
+    run(net, optimizer, (x, torch.zeros(64, 4)), 3)
+    found = diagnostics.snapshot(net, optimizer).get("signal_to_noise")
+    assert (found is not None) == known
+    if name == "adam":
+        assert found > 0
+    if name == "qhadam":
+        assert found == 0  # its betas are not tied
