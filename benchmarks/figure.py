@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 ROOT = Path(__file__).parent
 STYLE = {  # colour-blind safe, and told apart by marker in print
     "RiemannianMuon": ("#0072B2", "o"),
-    "RiemannianMuon, embedded metric": ("#56B4E9", "s"),
+    "RiemannianMuon, product metric": ("#56B4E9", "s"),
     "two factors, Muon": ("#D55E00", "^"),
     "narrow dense (width 64), Muon": ("#7F7F7F", "v"),
     "two factors, AdamW": ("#E69F00", "D"),

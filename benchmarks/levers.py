@@ -45,7 +45,8 @@ LEVERS = [
 
 def compute(lever: Lever, run: Run) -> dict[str, Any]:
     model = lm.lowrank(TASK, run.seed, RANK, lever.init)
-    return lm.train(model, lm.riemannian_muon(model, run.lr, **lever.settings), TASK, run.seed)
+    optimizers = lm.riemannian_muon(model, run.lr, metric="product", **lever.settings)
+    return lm.train(model, optimizers, TASK, run.seed)
 
 
 def two_factors(run: Run) -> dict[str, Any]:

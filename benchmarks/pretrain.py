@@ -57,8 +57,8 @@ def methods(task: Task, rank: int) -> dict[str, Method]:
         ),
         "two factors, Muon": Method(factors, lm.muon, 5e-3),
         "RiemannianMuon": Method(lowrank, lm.riemannian_muon, 5e-3),
-        "RiemannianMuon, embedded metric": Method(
-            lowrank, partial(lm.riemannian_muon, metric="embedded"), 5e-3
+        "RiemannianMuon, product metric": Method(
+            lowrank, partial(lm.riemannian_muon, metric="product"), 5e-3
         ),
         "two factors, AdamW": Method(factors, lm.adamw, 2e-3),
         "U, S, V with AdamW": Method(lowrank_as_factors(lowrank), lm.adamw, 2e-3),

@@ -39,7 +39,7 @@ OPTIMIZERS = {
     "adam, product": lambda groups: RiemannianAdam(groups, lr=0.01, metric="product"),
     "muon": lambda groups: RiemannianMuon(groups, lr=0.01),
     "muon, no nesterov": lambda groups: RiemannianMuon(groups, lr=0.01, nesterov=False),
-    "muon, embedded": lambda groups: RiemannianMuon(groups, lr=0.01, metric="embedded"),
+    "muon, product": lambda groups: RiemannianMuon(groups, lr=0.01, metric="product"),
 }
 every_optimizer = pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
 # Signs and entries of coordinates depend on the frames, and their docstrings say so.

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from oracles import damped_sign, orthonormality, polar, rotation
 
 from lowrank_geo.geometry import random
-from lowrank_geo.orthonormal import inverse_sqrt, msign, orthonormalize, polar_update
+from lowrank_geo.orthonormal import damped_basis, inverse_sqrt, msign, orthonormalize, polar_update
 
 DTYPES = [torch.float32, torch.float64]
 ORTHONORMAL = {torch.float32: 1e-6, torch.float64: 1e-13}
@@ -262,6 +262,25 @@ def test_msign_does_not_depend_on_the_frames():
 def test_msign_has_batch_dimensions_that_equal_a_loop():
     X = torch.randn(2, 3, 5, 8, dtype=torch.float64)
     assert (msign(X)[1, 2] - msign(X[1, 2])).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("condition", [1.0, 1e3, 1e6, 1e12])
+@pytest.mark.parametrize("m, n", [(5, 1), (8, 8), (40, 16), (300, 256)])
+def test_damped_basis_has_the_span_and_the_damped_singular_values(m, n, condition):
+    X = graded(m, n, condition, torch.float64)
+    Q, P = damped_basis(X)
+    sigma = torch.linalg.svdvals(X)
+    expected = sigma / (sigma**2 + (1e-3 * sigma.norm()) ** 2).sqrt()
+    assert (Q @ P - X).norm() < 1e-13 * X.norm() * n  # 10 x the worst of 64 draws
+    assert (torch.linalg.svdvals(Q) - expected).abs().max() < 1e-9
+    assert not P.tril(-1).any()
+
+
+def test_damped_basis_of_zero_is_zero_and_single_precision_stays_finite():
+    Q, P = damped_basis(torch.zeros(6, 4))
+    assert not Q.any() and not P.any()
+    Q, P = damped_basis(graded(40, 16, 1e12, torch.float32))
+    assert Q.isfinite().all() and torch.linalg.matrix_norm(Q, 2) < 1 + 1e-3
 
 
 @given(

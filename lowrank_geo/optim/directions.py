@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lowrank_geo.geometry import Point, Tangent
-from lowrank_geo.orthonormal import msign
+from lowrank_geo.orthonormal import damped_basis, msign
 
 Slots = dict[str, Tangent]  # state by name: one tensor beside each of U, S, V
 State = dict[str, Tensor]  # of one flat parameter, by name
@@ -186,9 +186,8 @@ class EmbeddedSpectral(Spectral):
     def __call__(self, signal: Signal, slots: Slots) -> tuple[Tangent, Slots]:
         Up, M, Vp = signal.output
         r = M.shape[-1]
-        # ξ = [U Q_u] [[M, P_v], [P_u, 0]] [V Q_v]ᵀ with Up = Q_u P_u and Vp = Q_v P_v polar.
-        Q_u, Q_v = msign(Up), msign(Vp)
-        P_u, P_v = Q_u.mT @ Up, Q_v.mT @ Vp
+        # ξ = [U Q_u] [[M, P_vᵀ], [P_u, 0]] [V Q_v]ᵀ with Up = Q_u P_u and Vp = Q_v P_v.
+        (Q_u, P_u), (Q_v, P_v) = damped_basis(Up), damped_basis(Vp)
         core = torch.cat(
             [torch.cat([M, P_v.mT], -1), torch.cat([P_u, torch.zeros_like(M)], -1)], -2
         )

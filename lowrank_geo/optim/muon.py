@@ -19,13 +19,13 @@ from lowrank_geo.optim.variance import Variance
 class RiemannianMuon(RiemannianOptimizer):
     """Steepest descent in the spectral norm on the manifold.
 
-    In the product metric, the default, U and V turn and S moves by the polar factors of their
-    momenta, each with its own scale. In the embedded metric the whole momentum is replaced by its
-    polar factor and projected. Groups of geometry "matrix" get Muon with torch's match_rms_adamw
-    scale, the others Adam with tied betas.
+    In the embedded metric, the default, the whole momentum is replaced by its polar factor and projected. In the
+    product metric U and V turn and S moves by the polar factors of their momenta, each with its own scale: about half
+    the cost of the step, and a higher loss in our benchmarks (docs/decisions.md). Groups of geometry "matrix" get Muon
+    with torch's match_rms_adamw scale, the others Adam with tied betas.
 
-    Units: at lr 1 the product metric moves |ΔU|₂ = rotation·√m, |ΔV|₂ = rotation·√n, |ΔS|₂ =
-        spectrum; the embedded one |ΔW|₂ = scale·√max(m, n), the scale of dense matrices, too.
+    Units: at lr 1 the embedded metric moves |ΔW|₂ = scale·√max(m, n), the scale of dense matrices, too; the product one
+        |ΔU|₂ = rotation·√m, |ΔV|₂ = rotation·√n, |ΔS|₂ = spectrum.
     Raises: ValueError for a momentum or betas out of [0, 1), a negative lr or scale, an unknown
         metric.
     Source: Jordan et al., Muon, 2024; Orvieto & Gower, arXiv 2505.21829 (tied betas).
@@ -43,7 +43,7 @@ class RiemannianMuon(RiemannianOptimizer):
         euclidean_lr: float | Tensor = 2e-3,
         betas: tuple[float, float] = (0.95, 0.95),
         eps: float = 1e-8,
-        metric: str = "product",
+        metric: str = "embedded",
         retraction: str = "orthographic",
         rotation: float = 0.144,
         spectrum: float = 0.7,

@@ -58,7 +58,7 @@ OPTIMIZERS: dict[str, Named] = {
     "fsgdm": Named(fsgdm, 0.1, 0.1),
     "lion": Named(of(RiemannianLion), 5e-4, 5e-4),
     "muon": Named(of(RiemannianMuon), 1e-2, 2e-3),
-    "muon-embedded": Named(of(RiemannianMuon, metric="embedded"), 2e-2, 2e-3),
+    "muon-product": Named(of(RiemannianMuon, metric="product"), 1e-2, 2e-3),
     "qhadam": Named(of(RiemannianAdam, betas=(0.95, 0.98), nus=(0.8, 1.0)), 5e-3, 2e-3),
     "qhm": Named(momentum(QHM(0.7, 0.99)), 1.0, 1.0),
     "rmsprop": Named(of(RiemannianAdam, betas=(0.0, 0.95)), 2e-3, 1e-3),
