@@ -1,7 +1,7 @@
 """Part c of optimizers.py: the whole family on the small language model of pretrain.py, and what a step costs.
 
-The task is that of `pretrain.py --quick` at rank ratio 1/6. Embeddings, head and vectors have the same rate for all but the
-methods that have no rate in Adam's units (SGD, signs): there one rate serves all parameters.
+The task is that of `pretrain.py --quick` at rank ratio 1/6. Embeddings, head and vectors have the same rate for all but
+the methods that have no rate in Adam's units (SGD, signs): there one rate serves all parameters.
 """
 
 import time

@@ -5,8 +5,9 @@ import io
 
 import pytest
 import torch
-from optimizer_list import Net, backward, every_optimizer, run, snapshot, states
+from optimizer_list import OPTIMIZERS, Net, backward, every_optimizer, run, snapshot, states
 from torch import nn
+from torch._dynamo.utils import counters
 from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
@@ -99,6 +100,34 @@ def test_unknown_keywords_are_refused(make, net):
     cls = type(make(param_groups(net)))
     with pytest.raises(TypeError, match="v_coefficient"):
         cls(param_groups(net), v_coefficient=1.0)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["sgd, splitting", "sgd, norm kept", "fsgdm", "adam", "adam, core", "muon", "muon, product"],
+)
+def test_compiled_steps_are_the_same_and_compile_once_for_each_shape(name, net, data):
+    """Graphs are traced, not generated, here: whether they break or multiply is what the test is about."""
+    torch._dynamo.reset()
+    counters.clear()
+    make, twin = OPTIMIZERS[name], copy.deepcopy(net)
+    optimizer, reference = (
+        make(param_groups(net, weight_decay=0.1)),
+        make(param_groups(twin, weight_decay=0.1)),
+    )
+    optimizer.compile(backend="eager")
+    graphs = []
+    for step in range(4):
+        for o in (optimizer, reference):
+            for group in o.param_groups:
+                group["lr"] *= 0.9**step  # a schedule
+        run(net, optimizer, data, 1)
+        run(twin, reference, data, 1)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs == [4] * 4  # two shapes, proposed and taken
+    expected = snapshot(twin)
+    for name, p in net.named_parameters():
+        torch.testing.assert_close(p, expected[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_complex_gradients_are_refused():

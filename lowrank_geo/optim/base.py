@@ -43,6 +43,7 @@ class RiemannianOptimizer(Optimizer):
     ) -> None:
         self._euclidean_lr = defaults["lr"] if euclidean_lr is None else euclidean_lr
         self._transports: dict[int, Tensor] = {}
+        self._propose_step, self._take_step, self._compiled = propose, take, False
         super().__init__(params, {"geometry": "euclidean", "maximize": False, **defaults})
 
     def rule(self, group: dict[str, Any]) -> Rule:
@@ -85,6 +86,15 @@ class RiemannianOptimizer(Optimizer):
             for name, parts in {**fresh, **rule.direction.slots(detached)}.items():
                 for parameter, part in zip(point, parts, strict=True):
                     self.state[parameter][name] = part
+
+    def compile(self, **options: Any) -> None:
+        """Compile the arithmetic of the steps on the manifold: once for each shape of matrix, whatever the schedule.
+
+        Args: options: of torch.compile, e.g. backend.
+        """
+        self._propose_step = torch.compile(propose, fullgraph=True, **options)
+        self._take_step = torch.compile(take, fullgraph=True, **options)
+        self._compiled = True
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -133,11 +143,13 @@ class RiemannianOptimizer(Optimizer):
         }
         point = Point(*(stack(column) for column in columns))
         step = self._count(group["lr"], points, gradient)
-        proposal = propose(rule, point, gradient, states.pop("momentum"), states, step)
+        proposal = self._propose_step(rule, point, gradient, states.pop("momentum"), states, step)
 
         @torch.no_grad()
         def move(lr: float | Tensor) -> None:
-            moved = take(rule, point, proposal, lr, group["weight_decay"])
+            if self._compiled and not isinstance(lr, Tensor):  # a number would be compiled in
+                lr = torch.full((), lr, device=point.S.device)
+            moved = self._take_step(rule, point, proposal, lr, group["weight_decay"])
             for column, new in zip(columns, moved.point, strict=True):
                 torch._foreach_copy_(list(column), list(new.unbind()))
             for name, parts in {"momentum": moved.momentum, **moved.slots}.items():

@@ -7,6 +7,7 @@ part inside span(U), span(V) removed, and the polar retraction.
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 from lowrank_geo import retraction
@@ -47,6 +48,7 @@ def embedded(method: str = "orthographic") -> Metric:
 PRODUCT = Metric("product", product_gradient, retraction.polar, lambda point, xi, to: gauge(to, xi))
 
 
+@cache  # the same object each time: torch.compile guards on its functions
 def metric_named(name: str, retraction_method: str = "orthographic") -> Metric:
     """The metric called "embedded" or "product".
 

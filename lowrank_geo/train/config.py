@@ -63,7 +63,7 @@ class TrainConfig:
     diagnose_every: int = option(25, "Steps between measurements of spectra; 0: only at the end.")
     device: str = option("auto", "auto, cpu or cuda.")
     dtype: str = option("auto", "Of the computation: auto, float32 or bfloat16.")
-    compile: bool = option(False, "Compile the model with torch.compile.")
+    compile: bool = option(False, "Compile model and optimizer with torch.compile.")
     tensorboard: bool = option(False, "Also write TensorBoard events into the run.")
     prompt: str = option("def ", "What the sample in the report continues.")
 

@@ -47,6 +47,8 @@ class Trainer:
         self.precision = precision_of(config, workers.device)
         if config.compile:
             self.model.compile()
+            if isinstance(self.optimizer, optim.RiemannianOptimizer):
+                self.optimizer.compile()
         self.parallel: nn.Module = self.model
         if workers.world > 1:
             self.parallel = DistributedDataParallel(self.model)
