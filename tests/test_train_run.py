@@ -223,7 +223,7 @@ def test_parameters_that_are_not_finite_do_not_become_a_checkpoint(config, tmp_p
         ({"ratio": None, "budget": 1e-6}, "budget"),
         ({"ratio": None, "rank": 0}, "rank"),
         ({"ratio": None, "rank": 17}, "rank"),
-        ({"optimizer": "lion"}, "'lion'"),
+        ({"optimizer": "adan"}, "got adan"),
         ({"model": "3t"}, "'3t'"),
         ({"data": "/does/not/exist"}, "/does/not/exist"),
         ({"context": 9999}, "9999"),
