@@ -19,6 +19,7 @@ DEV = [
     "pytest-cov>=6.0",
     "pytest-xdist>=3.6",
     "ruff>=0.9",
+    "schedulefree>=1.4",
     "scikit-learn>=1.5",
     "scipy>=1.13",
     "setuptools>=77",

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_geo import guard
+from lowrank_geo.branches import Branch, Product, branched
 from lowrank_geo.convolution import ConvGeometry, lowrank_conv2d
 from lowrank_geo.functional import GRADIENTS, Gradient, lowrank_linear
 from lowrank_geo.geometry import Point, check_rank
@@ -27,6 +28,7 @@ class LowRankLayer(nn.Module):
     S: nn.Parameter  # (r, r)
     V: nn.Parameter  # (n, r)
     bias: nn.Parameter | None  # (m)
+    second: Branch | None = None  # set, the layer is evaluated between its weight and this point
 
     def __init__(self, point: Point, bias: Tensor | None) -> None:
         super().__init__()
@@ -76,8 +78,13 @@ class LowRankLayer(nn.Module):
         device = self.V.device.type
         available = torch.amp.is_autocast_available(device)  # not on meta
         with torch.autocast(device, enabled=False) if available else nullcontext():
-            W = lowrank_linear(identity, *self.point, gradient=self._gradient).mT
+            W = self._evaluate(matrix_product, identity).mT
         return W if self.bias is None else W.to(self.bias.dtype)
+
+    def _evaluate(self, product: Product, x: Tensor) -> Tensor:
+        if self.second is None:
+            return product(x, self.point, self._gradient)
+        return branched(product, x, self.point, self._gradient, self.second)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -108,6 +115,10 @@ class LowRankLayer(nn.Module):
                     parameter.data = value
                     setattr(self, name, parameter)
         self._mark()
+
+
+def matrix_product(x: Tensor, point: Point, gradient: Gradient) -> Tensor:
+    return lowrank_linear(x, *point, gradient=gradient)
 
 
 def check_orthonormal(point: Point, call: str) -> None:
@@ -177,7 +188,10 @@ class LowRankLinear(LowRankLayer):
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
-        return lowrank_linear(x, *self.point, self.bias, gradient=self._gradient)
+        if self.second is None:
+            return lowrank_linear(x, *self.point, self.bias, gradient=self._gradient)
+        y = self._evaluate(matrix_product, x)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
     @property
     def weight(self) -> Tensor:
@@ -241,7 +255,13 @@ class LowRankConv2d(LowRankLayer):
         self.geometry = ConvGeometry.of(dense)
 
     def forward(self, x: Tensor) -> Tensor:
-        return lowrank_conv2d(x, *self.point, self.bias, self.geometry, gradient=self._gradient)
+        if self.second is None:
+            return lowrank_conv2d(x, *self.point, self.bias, self.geometry, gradient=self._gradient)
+        y = self._evaluate(self._product, x)
+        return y if self.bias is None else y + self.bias.to(y.dtype)[:, None, None]
+
+    def _product(self, x: Tensor, point: Point, gradient: Gradient) -> Tensor:
+        return lowrank_conv2d(x, *point, None, self.geometry, gradient=gradient)
 
     @property
     def weight(self) -> Tensor:

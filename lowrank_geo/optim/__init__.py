@@ -8,17 +8,21 @@ from lowrank_geo.optim.base import RiemannianOptimizer
 from lowrank_geo.optim.groups import param_groups
 from lowrank_geo.optim.muon import RiemannianMuon
 from lowrank_geo.optim.named import OPTIMIZERS, build
+from lowrank_geo.optim.polyak import Polyak
+from lowrank_geo.optim.schedule_free import ScheduleFree
 from lowrank_geo.optim.sgd import RiemannianSGD
 from lowrank_geo.optim.sign import RiemannianLion, RiemannianSignum
 
 __all__ = [
     "OPTIMIZERS",
+    "Polyak",
     "RiemannianAdam",
     "RiemannianLion",
     "RiemannianMuon",
     "RiemannianOptimizer",
     "RiemannianSGD",
     "RiemannianSignum",
+    "ScheduleFree",
     "build",
     "filters",
     "param_groups",

@@ -13,7 +13,7 @@ from lowrank_geo import guard
 from lowrank_geo.geometry import Point, Tangent
 from lowrank_geo.optim import euclidean
 from lowrank_geo.optim.checks import check_group, check_state, geometry_of
-from lowrank_geo.optim.groups import check_gradient, counts, points_of
+from lowrank_geo.optim.groups import by_shape, check_gradient, counts, points_of
 from lowrank_geo.optim.step import Rule, propose, take
 
 
@@ -119,18 +119,14 @@ class RiemannianOptimizer(Optimizer):
 
     def _buckets(self, group: dict[str, Any]) -> Iterator[list[Point]]:
         """The triples with a gradient, by shape, dtype and device."""
-        buckets: dict[Any, list[Point]] = {}
-        for point in points_of(group):
-            if point.S.grad is None:
-                continue
+        points = [point for point in points_of(group) if point.S.grad is not None]
+        for point in points:
             if not guard.is_marked(point.U):
                 raise RuntimeError(
                     f"{type(self).__name__}.step needs layers with gradient='tangent', got a layer set to "
                     "'factors' after the optimizer was built; set layer.gradient = 'tangent'"
                 )
-            shapes = tuple(tuple(p.shape) for p in point)
-            buckets.setdefault((shapes, point.S.dtype, point.S.device), []).append(point)
-        return iter(buckets.values())
+        return by_shape(points)
 
     def _propose(self, group: dict[str, Any], points: list[Point]) -> Pending:
         columns = list(zip(*points, strict=True))  # all U, all S, all V

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lowrank_geo import guard
 from lowrank_geo.optim.groups import GEOMETRIES, triples
+from lowrank_geo.optim.polyak import Polyak
 
 
 def geometry_of(group: dict[str, Any]) -> str:
@@ -72,4 +73,45 @@ def check_betas(betas: tuple[float, float]) -> None:
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise ValueError(
             f"betas need to be two numbers in [0, 1), got {betas}; pass e.g. (0.95, 0.95)"
+        )
+
+
+def check_schedule_free(
+    optimizer: Any, beta: float, step_size: Any, gradient_at: str, model: Any
+) -> None:
+    """Raise what the docstring of `ScheduleFree` says."""
+    if not hasattr(optimizer, "pending"):
+        raise TypeError(
+            f"ScheduleFree needs an optimizer of lowrank_geo.optim, got {type(optimizer).__name__}; "
+            "use e.g. RiemannianAdam(params, betas=(0.0, 0.99)), which off the manifold is AdamW"
+        )
+    if not 0 <= beta <= 1:
+        raise ValueError(f"ScheduleFree needs beta in [0, 1], got {beta}; pass e.g. 0.9")
+    if gradient_at not in ("collapsed", "branches"):
+        raise ValueError(
+            f"gradient_at needs to be 'collapsed' or 'branches', got {gradient_at!r}; use one of them"
+        )
+    if gradient_at == "branches" and model is None:
+        raise ValueError(
+            "ScheduleFree with gradient_at='branches' needs the model, got None; pass model=…"
+        )
+    if step_size is not None and not isinstance(step_size, Polyak):
+        raise TypeError(f"step_size needs a Polyak or None, got {step_size!r}; pass Polyak()")
+    if step_size is not None and any(group["maximize"] for group in optimizer.param_groups):
+        raise ValueError(
+            "Polyak needs maximize=False, got a group with True; it knows a bound from below, negate the loss"
+        )
+
+
+def check_loss(step_size: Polyak | None, loss: Any, lower_bound: float | Tensor | None) -> None:
+    """Raise ValueError if Polyak gets no loss, or no Polyak a lower bound."""
+    if step_size is None and lower_bound is not None:
+        raise ValueError(
+            f"ScheduleFree.step needs step_size=Polyak() for a lower bound, got {lower_bound} without; "
+            "make the optimizer with a Polyak, or leave lower_bound out"
+        )
+    if step_size is not None and loss is None:
+        raise ValueError(
+            "ScheduleFree.step needs the loss of the batch for Polyak's step size, got None; "
+            "call step(loss=loss) or step(closure)"
         )

@@ -1,5 +1,6 @@
 """Which parameters belong together: (U, S, V) triples, dense matrices, and the rest."""
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -118,6 +119,15 @@ def triples(group: dict[str, Any]) -> list[Point]:
 def points_of(group: dict[str, Any]) -> list[Point]:
     """The triples of a group that has been checked."""
     return [Point(*x) for x in zip(*[iter(group["params"])] * 3, strict=True)]
+
+
+def by_shape(points: Iterable[Point]) -> Iterator[list[Point]]:
+    """Triples of one shape, dtype and device together, in the order of the first of each."""
+    buckets: dict[Any, list[Point]] = {}
+    for point in points:
+        shapes = tuple(tuple(p.shape) for p in point)
+        buckets.setdefault((shapes, point.S.dtype, point.S.device), []).append(point)
+    return iter(buckets.values())
 
 
 def check_gradient(parameter: Tensor) -> Tensor:
