@@ -3,13 +3,9 @@
 import pytest
 import torch
 from oracles import best_approximation, dense, orthonormality, rotation, tangent_projection
-from torch import nn
+from tiny_models import relative
 
-from lowrank_geo import param_groups
-from lowrank_geo.branches import Branch
 from lowrank_geo.geometry import Point
-from lowrank_geo.layers import LowRankConv2d, LowRankLinear
-from lowrank_geo.optim import RiemannianSGD, ScheduleFree
 from lowrank_geo.optim.averaging import AVERAGES, average_named, orthographic, truncate
 from lowrank_geo.optim.weights import FRESH, NAMED, Weights, weights_named
 
@@ -32,31 +28,27 @@ def near(p, size=0.1):
     return Point(P[:, :r], torch.diag(sigma[:r]), Qt[:r].mT)
 
 
-def relative(found, wanted):
-    return ((found - wanted).norm() / wanted.norm()).item()
-
-
 @pytest.mark.parametrize("m, n, r", [(9, 7, 3), (6, 6, 6), (20, 5, 4), (8, 8, 1)])
 @pytest.mark.parametrize("c", [0.1, 0.5, 0.9])
 def test_truncate_is_the_nearest_matrix_of_its_rank(point, m, n, r, c):
-    """Worst of 200 draws 2e-15."""
+    """Worst of 200 draws 1.4e-14, frames 2.4e-15."""
     x, z = point(m, n, r), point(m, n, r)
     found = truncate(x, z, c)
     wanted = best_approximation((1 - c) * dense(x) + c * dense(z), r)
-    assert relative(dense(found), wanted) < 2e-14
-    assert max(orthonormality(found.U), orthonormality(found.V)) < 1e-13
+    assert relative(dense(found), wanted) < 1.4e-13
+    assert max(orthonormality(found.U), orthonormality(found.V)) < 3e-14
 
 
 @pytest.mark.parametrize("c", [0.1, 0.5, 0.9, 1 - 1e-9])
 def test_orthographic_has_the_average_as_its_tangent_part(point, c):
-    """P_T(average) = x + c P_T(z − x), and it tends to z for c → 1; worst of 200 draws 4e-14 (cond A up to 100)."""
+    """P_T(average) = x + c P_T(z − x), and it tends to z for c → 1; worst of 200 draws 2.8e-15, the limit 1e-10."""
     x = point(9, 7, 3, core=10.0)
     z = near(x)
     found = orthographic(x, z, c)
     wanted = dense(x) + c * tangent_projection(x, dense(z) - dense(x))
-    assert relative(tangent_projection(x, dense(found)), wanted) < 4e-13
+    assert relative(tangent_projection(x, dense(found)), wanted) < 3e-14
     if c > 0.99:
-        assert relative(dense(found), dense(z)) < 1e-8
+        assert relative(dense(found), dense(z)) < 1e-9
 
 
 @every_average
@@ -73,14 +65,14 @@ def test_ends_are_the_operands_bit_for_bit(average, point, dtype):
 
 @every_average
 def test_average_is_gauge_invariant(average, point):
-    """Of the same matrices in other frames, also for x = z; worst of 100 draws 8e-15."""
+    """Of the same matrices in other frames, also for x = z; worst of 100 draws 4.4e-15."""
     for _ in range(10):
         x = point(12, 9, 4, core=10.0)
         z = near(x)
         for a, b in ((x, z), (x, turned(x))):
             wanted = dense(average(a, b, 0.4))
-            assert relative(dense(average(turned(a), turned(b), 0.4)), wanted) < 8e-14
-        assert relative(dense(average(x, turned(x), 0.4)), dense(x)) < 8e-14
+            assert relative(dense(average(turned(a), turned(b), 0.4)), wanted) < 5e-14
+        assert relative(dense(average(x, turned(x), 0.4)), dense(x)) < 5e-14
 
 
 @every_average
@@ -167,64 +159,3 @@ def test_weights_of_nothing_are_zero():
 def test_refuses(make, sentence):
     with pytest.raises(ValueError, match=sentence):
         make()
-
-
-LAYERS = {
-    "linear": (lambda: LowRankLinear(7, 9, 3, dtype=torch.float64), (5, 7)),
-    "tokens": (lambda: LowRankLinear(7, 9, 3, dtype=torch.float64, bias=False), (2, 5, 7)),
-    "convolution": (
-        lambda: LowRankConv2d(3, 8, 3, rank=4, padding=1, stride=2, dtype=torch.float64),
-        (2, 3, 6, 6),
-    ),
-}
-
-
-@pytest.mark.parametrize("beta", [0.3, 0.9, 1.0])
-@pytest.mark.parametrize("make, shape", LAYERS.values(), ids=LAYERS)
-def test_branches_have_the_dense_gradient_between_the_points(make, shape, beta, point):
-    """P_{T_z} ∂L/∂W_y, ⟨∂L/∂W_y, W_x − W_z⟩ and ∂L/∂x against the dense layer at W_y; worst of 60 draws 3e-15."""
-    layer = make()
-    param_groups(layer)
-    z = Point(*(p.detach().clone() for p in layer.point))
-    second = point(*z.U.shape[:1], z.V.shape[0], layer.rank)
-    weight = torch.tensor(beta, dtype=torch.float64, requires_grad=True)
-    layer.second = Branch(second, weight)
-    inputs = torch.randn(shape, dtype=torch.float64, requires_grad=True)
-    out = layer(inputs)
-    pull = torch.randn_like(out)
-    (out * pull).sum().backward()
-    W = ((1 - beta) * dense(z) + beta * dense(second)).requires_grad_()
-    twin = inputs.detach().clone().requires_grad_()
-    if isinstance(layer, LowRankConv2d):
-        ours = nn.functional.conv2d(twin, W.reshape(8, 3, 3, 3), layer.bias, stride=2, padding=1)
-    else:
-        ours = nn.functional.linear(twin, W, layer.bias)
-    (ours * pull).sum().backward()
-    assert relative(out, ours) < 1e-12 and relative(inputs.grad, twin.grad) < 1e-12
-    Up, M, Vp = (p.grad for p in layer.point)
-    found = (z.U @ M + Up) @ z.V.mT + z.U @ Vp.mT
-    assert relative(found, tangent_projection(z, W.grad)) < 1e-12
-    towards = (W.grad * (dense(second) - dense(z))).sum()
-    assert abs(weight.grad - towards) < 1e-12 * W.grad.norm() * dense(second).norm()
-    assert relative(layer.matrix(), W) < 1e-12
-
-
-def test_averages_beat_the_iterates_in_noisy_completion(point):
-    """Entries of a rank-3 matrix, 30 % at a time and with noise: x ends nearer to it than z, in both forms."""
-    target = dense(point(20, 15, 3, core=3.0)).float()
-    for form in ("collapsed", "branches"):
-        start = target + 0.3 * torch.randn(20, 15)
-        net = nn.Sequential(LowRankLinear.from_weight(start, None, 3))
-        inner = RiemannianSGD(param_groups(net), lr=0.4, momentum=0)
-        optimizer = ScheduleFree(inner, gradient_at=form, model=net)
-        optimizer.train()
-        for _ in range(400):
-            optimizer.zero_grad()
-            noisy = target + 0.3 * torch.randn_like(target)
-            seen = (torch.rand_like(target) < 0.3).float()
-            (0.5 * seen * (net[0].matrix() - noisy).square()).sum().backward()
-            optimizer.step()
-        optimizer.eval()
-        z = dense(Point(*(optimizer.state[p]["z"] for p in net[0].point))).float()
-        x = net[0].matrix().detach()
-        assert relative(x, target) < 0.5 * relative(z, target), form

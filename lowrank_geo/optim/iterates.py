@@ -25,6 +25,11 @@ def create(group: Group, state: State) -> None:
         state[p]["averaging"] = torch.tensor(FRESH, dtype=torch.float64, device=p.device)
 
 
+def fresh(groups: list[Group], state: State) -> bool:
+    """Whether no step has been averaged in yet."""
+    return not any(bool((state[p]["averaging"] > 0).any()) for g in groups for p in g["params"])
+
+
 def between(group: Group, state: State, average: Average, beta: float) -> None:
     """Write y = (1 − β) z + β x into the parameters; on the manifold, its average of rank r."""
     for points in triples(group):

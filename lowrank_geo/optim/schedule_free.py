@@ -76,7 +76,7 @@ class ScheduleFree(Optimizer):
         self._fresh = True  # x and z still follow the parameters, which may yet be loaded
         self._silent: set[str] = set()
         self._wrapped = True
-        self._second.layers(self.param_groups)
+        self._second.remove(self.param_groups)
         for group in self.param_groups:
             self._adopt(group, training=True)
 
@@ -143,10 +143,12 @@ class ScheduleFree(Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As the wrapped optimizer; the parameters become the y or x that they were when it was saved."""
+        """As the wrapped optimizer; the parameters become the y or x that they were when it was saved, if it had taken
+        a step. Reads back to the host.
+        """
         self.optimizer.load_state_dict(state_dict)
         self.param_groups, self.state = self.optimizer.param_groups, self.optimizer.state
-        self._fresh = False
+        self._fresh = iterates.fresh(self.param_groups, self.state)
         self._show(training=self.training)
 
     def zero_grad(self, set_to_none: bool = True) -> None:

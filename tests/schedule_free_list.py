@@ -1,0 +1,50 @@
+"""Schedule-free optimizers of the small net that every optimizer trains."""
+
+import pytest
+import torch
+
+from lowrank_geo.optim import (
+    RiemannianAdam,
+    RiemannianMuon,
+    RiemannianSGD,
+    ScheduleFree,
+    param_groups,
+)
+
+INNER = {
+    "sgd": lambda groups: RiemannianSGD(groups, momentum=0.0),
+    "adam": lambda groups: RiemannianAdam(groups, betas=(0.0, 0.99)),
+    "muon": lambda groups: RiemannianMuon(groups),
+}
+FORMS = {
+    "collapsed": dict(),
+    "orthographic": dict(average="orthographic", weights="schedulet"),
+    "branches": dict(gradient_at="branches"),
+}
+every_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+
+
+def build(net, form=FORMS["collapsed"], inner="adam", **groups):
+    groups = {"lr": 0.02, "euclidean_lr": 0.02, "weight_decay": 0.1, **groups}
+    optimizer = ScheduleFree(INNER[inner](param_groups(net, **groups)), model=net, **form)
+    optimizer.train()
+    return optimizer
+
+
+def train(net, optimizer, data, steps):
+    optimizer.train()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = (net(data[0]) - data[1]).square().mean()
+        loss.backward()
+        optimizer.step(loss=loss)
+    return loss.item()
+
+
+def error(net, data):
+    with torch.no_grad():
+        return (net(data[0]) - data[1]).square().mean().item()
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
