@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowrank_geo.layers import LowRankLinear
 from lowrank_geo.optim import (
@@ -92,3 +93,12 @@ def states(optimizer):
         for p in group["params"]
         for value in optimizer.state[p].values()
     ]
+
+
+class NoHostReads(TorchDispatchMode):
+    """Fails where a tensor is read back to the host, as a CUDA graph or a device would."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default):
+            raise AssertionError(f"the step reads a tensor back: {func}")
+        return func(*args, **(kwargs or {}))

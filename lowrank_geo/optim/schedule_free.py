@@ -132,7 +132,7 @@ class ScheduleFree(Optimizer):
                 self._adopt(group, self.training)
             self._fresh = False
         values = None
-        if self._step_size is not None:
+        if self._step_size is not None and loss is not None:
             bound = self._step_size.lower_bound if lower_bound is None else lower_bound
             values = scalars(loss, bound, self._ahead(of_triples=carry))
         with self._at_z(carry):
