@@ -25,10 +25,10 @@ def data():
     return x, torch.tanh(x @ torch.randn(8, 4))
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.float64, 1e-14)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.float64, 4e-15)])
 @pytest.mark.parametrize("warmup", [0, 20])
 def test_off_the_manifold_it_is_the_schedulefree_library(dtype, tolerance, warmup):
-    """AdamWScheduleFree(betas=(0.9, 0.99)), y after every step and x at the end; worst of 10 draws 2.4e-7 and 6e-16."""
+    """AdamWScheduleFree(betas=(0.9, 0.99)), y after every step, x at the end; worst of 10 draws 1.8e-7 and 3.4e-16."""
     linear = nn.Linear(6, 4).to(dtype)
     twin = copy.deepcopy(linear)
     inner = RiemannianAdam(linear.parameters(), lr=0.01, betas=(0.0, 0.99), euclidean_lr=0.01)
@@ -55,7 +55,7 @@ def test_off_the_manifold_it_is_the_schedulefree_library(dtype, tolerance, warmu
 @pytest.mark.parametrize("average", ["truncate", "orthographic"])
 @pytest.mark.parametrize("gradient_at", ["collapsed", "branches"])
 def test_at_full_rank_it_is_the_recursion_on_the_dense_weight(average, gradient_at):
-    """y = (1 − β)z + βx, z ← (1 − lr·wd) z − lr g(y), x ← (1 − c)x + cz, written out; worst of 40 draws 9e-16."""
+    """y = (1 − β)z + βx, z ← (1 − lr·wd) z − lr g(y), x ← (1 − c)x + cz, written out; worst of 40 draws 1.6e-15."""
     layer = LowRankLinear(6, 6, 6, bias=False, dtype=torch.float64)
     inner = RiemannianSGD(param_groups(layer, lr=0.05, weight_decay=0.2), momentum=0)
     optimizer = ScheduleFree(
@@ -72,9 +72,9 @@ def test_at_full_rank_it_is_the_recursion_on_the_dense_weight(average, gradient_
         optimizer.step()
         z = (1 - 0.05 * 0.2) * z - 0.05 * y.grad
         x = x + (z - x) / t
-        assert (layer.weight - (0.3 * z + 0.7 * x)).abs().max() < 1e-13
+        assert (layer.weight - (0.3 * z + 0.7 * x)).abs().max() < 2e-14
     optimizer.eval()
-    assert (layer.weight - x).abs().max() < 1e-13
+    assert (layer.weight - x).abs().max() < 2e-14
 
 
 @pytest.mark.parametrize("steps", [200, 1000, 5000])

@@ -39,7 +39,7 @@ def test_the_step_reads_nothing_back_to_the_host(net, data, form, step_size):
 @every_form
 @pytest.mark.parametrize("step_size", [None, Polyak(max_lr="lr")], ids=["lr", "polyak"])
 def test_the_trajectory_is_gauge_invariant(net, data, form, step_size):
-    """Other frames of the same matrices train the same, over 10 steps in float64; worst of 60 draws QQ."""
+    """Other frames of the same matrices train the same, over 10 steps in float64; worst of 60 draws 3.2e-15."""
     net, data = net.double(), tuple(x.double() for x in data)
     turned = copy.deepcopy(net)
     for _, layer in lowrank_layers(turned):
@@ -51,7 +51,7 @@ def test_the_trajectory_is_gauge_invariant(net, data, form, step_size):
         train(model, optimizer, data, 10)
         optimizer.eval()
     for (_, a), (_, b) in zip(lowrank_layers(net), lowrank_layers(turned), strict=True):
-        assert (a.weight - b.weight).abs().max() < 1e-10
+        assert (a.weight - b.weight).abs().max() < 4e-14
 
 
 @every_form
