@@ -3,6 +3,7 @@
 from lowrank_geo.models.cache import Cache
 from lowrank_geo.models.decoder import Decoder, DecoderConfig
 from lowrank_geo.models.mlp import MLP
+from lowrank_geo.models.momentum import MomentumStack
 from lowrank_geo.models.presets import DECODERS, decoder
 from lowrank_geo.models.resnet import ResNet
 from lowrank_geo.models.vgg import VGG, VGGConfig, vgg11, vgg16
@@ -15,6 +16,7 @@ __all__ = [
     "Cache",
     "Decoder",
     "DecoderConfig",
+    "MomentumStack",
     "ResNet",
     "VGGConfig",
     "ViT",
