@@ -27,10 +27,20 @@ MAY_IMPORT: dict[str, set[str]] = {
     "orthonormal": {"geometry"},
     "init": {"geometry"},
     "convolution": {"functional"},
+    "branches": {"functional", "geometry"},
     "retraction": {"geometry", "orthonormal"},
     "manifold": {"geometry", "retraction"},
-    "layers": {"geometry", "guard", "init", "functional", "convolution"},
-    "optim": {"functional", "geometry", "orthonormal", "retraction", "guard", "layers", "optim"},
+    "layers": {"geometry", "guard", "init", "functional", "convolution", "branches"},
+    "optim": {
+        "functional",
+        "geometry",
+        "orthonormal",
+        "retraction",
+        "guard",
+        "branches",
+        "layers",
+        "optim",
+    },
 }
 
 

@@ -95,7 +95,7 @@ def test_it_learns(config, tmp_path):
     assert losses[-1] < losses[0] - 0.5
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "adam", "adamw"])
+@pytest.mark.parametrize("optimizer", ["muon", "adam", "adamw", "schedule-free-polyak"])
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interrupted_and_resumed_ends_with_the_same_bits(config, tmp_path, optimizer, number, code):
     config = dataclasses.replace(config, optimizer=optimizer)

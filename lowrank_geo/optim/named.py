@@ -9,9 +9,12 @@ from torch.optim import Optimizer
 
 from lowrank_geo.functional import Gradient
 from lowrank_geo.optim.adam import RiemannianAdam
+from lowrank_geo.optim.base import RiemannianOptimizer
 from lowrank_geo.optim.filters import EMA, FSGDM, QHM, Filter
 from lowrank_geo.optim.groups import param_groups
 from lowrank_geo.optim.muon import RiemannianMuon
+from lowrank_geo.optim.polyak import Polyak
+from lowrank_geo.optim.schedule_free import ScheduleFree
 from lowrank_geo.optim.sgd import RiemannianSGD
 from lowrank_geo.optim.sign import RiemannianLion, RiemannianSignum
 
@@ -49,6 +52,13 @@ def fsgdm(groups: Groups, total_steps: int | None) -> Optimizer:
     return RiemannianSGD(groups, filter=FSGDM(total_steps))
 
 
+def schedule_free(
+    cls: Callable[..., RiemannianOptimizer], polyak: Polyak | None = None, **settings: Any
+) -> Callable[[Groups, int | None], Optimizer]:
+    """`ScheduleFree` around an optimizer without momentum of its own."""
+    return lambda groups, total_steps: ScheduleFree(cls(groups, **settings), step_size=polyak)
+
+
 OPTIMIZERS: dict[str, Named] = {
     "adam": Named(of(RiemannianAdam), 5e-3, 2e-3),
     "adam-core": Named(of(RiemannianAdam, over="core"), 5e-3, 2e-3),
@@ -62,6 +72,14 @@ OPTIMIZERS: dict[str, Named] = {
     "qhadam": Named(of(RiemannianAdam, betas=(0.95, 0.98), nus=(0.8, 1.0)), 5e-3, 2e-3),
     "qhm": Named(momentum(QHM(0.7, 0.99)), 1.0, 1.0),
     "rmsprop": Named(of(RiemannianAdam, betas=(0.0, 0.95)), 2e-3, 1e-3),
+    "schedule-free-adam": Named(schedule_free(RiemannianAdam, betas=(0.0, 0.95)), 5e-3, 5e-3),
+    "schedule-free-muon": Named(
+        schedule_free(RiemannianMuon, momentum=0.0, betas=(0.0, 0.95)), 1e-2, 2e-3
+    ),
+    "schedule-free-polyak": Named(
+        schedule_free(RiemannianAdam, Polyak(max_lr="lr"), betas=(0.0, 0.95)), 2e-2, 2e-2
+    ),
+    "schedule-free-sgd": Named(schedule_free(RiemannianSGD, momentum=0.0), 1.0, 1.0),
     "sgd": Named(of(RiemannianSGD), 0.1, 0.1),
     "sgd-clipped": Named(momentum(EMA(0.9), clip=1.0), 1.0, 1.0),
     "sgd-nesterov": Named(of(RiemannianSGD, nesterov=True), 0.1, 0.1),

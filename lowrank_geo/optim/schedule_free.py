@@ -38,8 +38,9 @@ class ScheduleFree(Optimizer):
         TypeError for an optimizer of another package.
     Source: Defazio et al., The Road Less Scheduled, NeurIPS 2024, arXiv 2405.15682; arXiv 2511.07767 (weights, Polyak).
 
+    >>> from lowrank_geo.optim import RiemannianSGD
     >>> weight = torch.nn.Parameter(torch.ones(2))
-    >>> optimizer = ScheduleFree(lowrank_geo.optim.RiemannianSGD([weight], lr=0.5, momentum=0))
+    >>> optimizer = ScheduleFree(RiemannianSGD([weight], lr=0.5, momentum=0))
     >>> optimizer.train()
     >>> for _ in range(100):
     ...     optimizer.zero_grad()

@@ -1,12 +1,15 @@
 """The arithmetic of one step: gradients of the mean loss, their norm, the update."""
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from lowrank_geo.optim import ScheduleFree
 
 
 def cross_entropy(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -52,6 +55,27 @@ def clip(parameters: Iterable[Tensor], largest: float | None) -> Tensor:
     """Scale the gradient to norm `largest` if it is longer; returns the norm that it had."""
     bound = float("inf") if largest is None else largest
     return nn.utils.clip_grad_norm_(list(parameters), bound)
+
+
+def descend(optimizer: Optimizer, loss: float) -> None:
+    """A step of the optimizer; Polyak's is as long as the loss, the mean over all processes, says."""
+    if isinstance(optimizer, ScheduleFree):
+        optimizer.step(loss=loss)
+    else:
+        optimizer.step()
+
+
+@contextmanager
+def averaged(optimizer: Optimizer) -> Iterator[None]:
+    """The parameters within are those to use: the average of a schedule-free optimizer, else what they are."""
+    if not isinstance(optimizer, ScheduleFree):
+        yield
+        return
+    optimizer.eval()
+    try:
+        yield
+    finally:
+        optimizer.train()
 
 
 @torch.no_grad()

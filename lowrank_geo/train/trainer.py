@@ -20,7 +20,7 @@ from lowrank_geo.train.config import TrainConfig
 from lowrank_geo.train.distributed import Workers
 from lowrank_geo.train.metrics import Line
 from lowrank_geo.train.parts import Data
-from lowrank_geo.train.step import backward, clip, evaluate
+from lowrank_geo.train.step import averaged, backward, clip, descend, evaluate
 from lowrank_geo.train.stopped import Stopped
 
 
@@ -43,6 +43,8 @@ class Trainer:
             weight_decay=config.weight_decay,
             total_steps=config.steps,
         )
+        if isinstance(self.optimizer, optim.ScheduleFree):
+            self.optimizer.train()
         self.schedule = schedule_of(config, self.optimizer)
         self.precision = precision_of(config, workers.device)
         if config.compile:
@@ -76,7 +78,7 @@ class Trainer:
         )
         self._check_finite(mean, length)
         lr = self.schedule.get_last_lr()[0]
-        self.optimizer.step()
+        descend(self.optimizer, mean)
         self.schedule.step()
         self.step += 1
         spent = time.perf_counter() - began
@@ -109,7 +111,7 @@ class Trainer:
         rank, world, device = self.workers.rank, self.workers.world, self.workers.device
         share = max(1, self.config.batch // self.config.accumulate // world)
         parts = [x[rank::world].to(device).split(share) for x in self.data.windows]
-        with self.precision:
+        with averaged(self.optimizer), self.precision:
             found = evaluate(self.model, zip(*parts, strict=True))
         loss, count = self.workers.total(*found)
         self._check_finite(loss / count, 0.0)
@@ -117,7 +119,12 @@ class Trainer:
 
     def diagnose(self) -> Line:
         """Ranks, spectra and drift of the layers."""
-        return {"kind": "diagnostics", "step": self.step, **snapshot(self.model, self.optimizer)}
+        with averaged(self.optimizer):
+            return {
+                "kind": "diagnostics",
+                "step": self.step,
+                **snapshot(self.model, self.optimizer),
+            }
 
     def checkpoint(self) -> Checkpoint:
         """Everything that later steps depend on.
@@ -131,13 +138,16 @@ class Trainer:
                     "the checkpoint before is kept, start again with a lower --lr",
                     2,
                 )
+        with averaged(self.optimizer):  # what is generated from and inspected
+            model = {name: x.detach().clone() for name, x in self.model.state_dict().items()}
+            optimizer = self.optimizer.state_dict()
         training = {
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizer,
             "schedule": self.schedule.state_dict(),
             "random": random_states(self.workers.device),
             "seconds": self.seconds,
         }
-        return Checkpoint(self.step, self.model.state_dict(), training)
+        return Checkpoint(self.step, model, training)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint.
@@ -147,6 +157,8 @@ class Trainer:
         self.model.load_state_dict(checkpoint.model)
         training: dict[str, Any] = checkpoint.training
         self.optimizer.load_state_dict(training["optimizer"])
+        if isinstance(self.optimizer, optim.ScheduleFree):
+            self.optimizer.train()
         self.schedule.load_state_dict(training["schedule"])
         torch.set_rng_state(training["random"]["cpu"])
         if self.workers.device.type == "cuda" and "cuda" in training["random"]:
