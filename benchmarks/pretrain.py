@@ -9,6 +9,7 @@ A byte-level decoder on Python's standard library; loss in nats per byte on held
 
 import argparse
 import json
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -102,18 +103,22 @@ def main() -> None:
     size.add_argument("--quick", action="store_true", help="the default")
     size.add_argument("--full", action="store_true")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--only", help="methods whose name contains this")
+    parser.add_argument("--only", help="methods whose name matches this regular expression")
+    parser.add_argument(
+        "--ratio", type=int, choices=(6, 3, 2), help="with --full, only rank 1/this"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     task = FULL if arguments.full else QUICK
     name = "full" if arguments.full else "quick"
     store = Store(Path(__file__).parent / "results" / f"pretrain-{name}.jsonl")
     rows = []
-    for ratio in (6, 3, 2) if arguments.full else (6,):
+    ratios = (6, 3, 2) if arguments.full else (6,)
+    for ratio in (arguments.ratio,) if arguments.ratio else ratios:
         for label, method in methods(task, task.width // ratio).items():
             # Dense rows do not depend on the rank and are computed once.
             key = label if label.startswith("dense") else f"1/{ratio} | {label}"
-            if arguments.only and arguments.only not in label:
+            if arguments.only and not re.search(arguments.only, label):
                 continue
             grid = geometric(method.first, 2.0, 3)
             row = sweep(store, key, grid, partial(compute, method, task))
