@@ -76,7 +76,7 @@ def project_factors(point: Point, ZV: Tensor, ZtU: Tensor) -> Tangent:
     """
     U, _, V = point
     M = U.mT @ ZV
-    return Tangent(ZV - U @ M, M, ZtU - V @ (V.mT @ ZtU))
+    return Tangent(minus(ZV, U, M), M, minus(ZtU, V, V.mT @ ZtU))
 
 
 def gauge(point: Point, xi: Tangent) -> Tangent:
@@ -85,7 +85,7 @@ def gauge(point: Point, xi: Tangent) -> Tangent:
     Shapes: as `Tangent`.
     """
     U, _, V = point
-    return Tangent(xi.Up - U @ (U.mT @ xi.Up), xi.M, xi.Vp - V @ (V.mT @ xi.Vp))
+    return Tangent(minus(xi.Up, U, U.mT @ xi.Up), xi.M, minus(xi.Vp, V, V.mT @ xi.Vp))
 
 
 def inner(xi: Tangent, eta: Tangent) -> Tensor:
@@ -113,11 +113,13 @@ def transport(point: Point, xi: Tangent, to: Point) -> Tangent:
     Shapes: as `Tangent`, both ways.
     """
     U, _, V = point
-    K = U @ xi.M + xi.Up  # (..., m, r); ξ = K Vᵀ + U Vpᵀ
     U1, _, V1 = to
-    ZV = K @ (V.mT @ V1) + U @ (xi.Vp.mT @ V1)
-    ZtU = V @ (K.mT @ U1) + xi.Vp @ (U.mT @ U1)
-    return project_factors(to, ZV, ZtU)
+    Cu, Cv = U.mT @ U1, V.mT @ V1
+    Du, Dv = xi.Up.mT @ U1, xi.Vp.mT @ V1
+    right, left = xi.M @ Cv + Dv, xi.M.mT @ Cu + Du  # ξV1 = U·right + Up·Cv, ξᵀU1 = V·left + Vp·Cu
+    M = Cu.mT @ right + Du.mT @ Cv  # U1ᵀξV1
+    Up = minus(plus(U @ right, xi.Up, Cv), U1, M)
+    return Tangent(Up, M, minus(plus(V @ left, xi.Vp, Cu), V1, M.mT))
 
 
 def random(
@@ -159,6 +161,24 @@ def check_rank(call: str, m: int, n: int, r: int) -> None:
             f"{call} needs 1 <= rank <= min(m, n) = {min(m, n)} for a {m}x{n} matrix, got {r}; "
             "choose a rank in that range"
         )
+
+
+def plus(A: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    """A + B C, without a copy of the product where torch can.
+
+    Shapes: A (..., m, r), B (..., m, k), C (..., k, r) -> (..., m, r).
+    """
+    return torch.baddbmm(A, B, C) if A.dim() == B.dim() == C.dim() == 3 else A + B @ C
+
+
+def minus(A: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    """A − B C.
+
+    Shapes: as `plus`.
+    """
+    if A.dim() == B.dim() == C.dim() == 3:
+        return torch.baddbmm(A, B, C, alpha=-1)
+    return A - B @ C
 
 
 def sum_of(terms: list[Tensor]) -> Tensor:

@@ -10,8 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lowrank_geo.geometry import Point, Tangent
-from lowrank_geo.orthonormal import orthonormalize, polar_update
+from lowrank_geo.geometry import Point, Tangent, plus
+from lowrank_geo.orthonormal import on_host, orthonormalize, polar_update
 
 
 def svd(point: Point, xi: Tangent) -> Point:
@@ -45,7 +45,7 @@ def orthographic(point: Point, xi: Tangent) -> Point:
     """
     U, S, V = point
     A = S + xi.M
-    K, L = U @ A + xi.Up, V @ A.mT + xi.Vp
+    K, L = plus(xi.Up, U, A), plus(xi.Vp, V, A.mT)
     U1, V1 = orthonormalize(K, U), orthonormalize(L, V)
     # U1ᵀ(W + ξ)V1 with W + ξ = K Vᵀ + U Vpᵀ.
     return Point(U1, (U1.mT @ K) @ (V.mT @ V1) + (U1.mT @ U) @ (xi.Vp.mT @ V1), V1)
@@ -103,7 +103,10 @@ def keep_if_zero(old: Point, step: Tangent, new: Point) -> Point:
 
     Shapes: as `Point` and `Tangent` -> `Point`.
     """
-    still = torch.stack([(x == 0).all(-1).all(-1) for x in step]).all(0)[..., None, None]
+    largest = torch.stack([x.abs().amax((-2, -1)) for x in step]).amax(0)
+    still = (largest == 0)[..., None, None]
+    if on_host(still) and not still.any():
+        return new
 
     def choose(a: Tensor, b: Tensor) -> Tensor:
         return torch.where(still, a, b)

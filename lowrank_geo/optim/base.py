@@ -161,7 +161,7 @@ class RiemannianOptimizer(Optimizer):
 
         Shapes: -> (L,).
         """
-        active = counts(lr, [stack_flat(gradient, i) for i in range(len(points))])
+        active = counts(lr, (stack_flat(gradient, i) for i in range(len(points))))
         for column in zip(*points, strict=True):
             torch._foreach_add_(
                 [self.state[p]["step"] for p in column], 1.0 if active is None else active

@@ -146,7 +146,7 @@ def check_gradient(parameter: Tensor) -> Tensor:
     return gradient
 
 
-def counts(lr: float | Tensor, gradients: list[Tensor]) -> list[Tensor] | None:
+def counts(lr: float | Tensor, gradients: Iterable[Tensor]) -> list[Tensor] | None:
     """Whether each step counts, as 0-d tensors; None if all do. Only lr = 0 with a zero gradient
     does not.
 

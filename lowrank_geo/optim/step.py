@@ -96,7 +96,10 @@ def combine(a: float | Tensor, xi: Tangent, b: float | Tensor, eta: Tangent) -> 
         return scaled(b, eta)
     if not isinstance(b, Tensor) and b == 0:
         return scaled(a, xi)
-    return Tangent(*(x + y for x, y in zip(scaled(a, xi), scaled(b, eta), strict=True)))
+    if isinstance(b, Tensor):
+        pairs = zip(scaled(a, xi), eta, strict=True)
+        return Tangent(*(torch.addcmul(x, b.to(y.dtype)[..., None, None], y) for x, y in pairs))
+    return Tangent(*(torch.add(x, y, alpha=b) for x, y in zip(scaled(a, xi), eta, strict=True)))
 
 
 def scaled(a: float | Tensor, xi: Tangent) -> Tangent:
