@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowrank_geo import geometry
+from lowrank_geo import geometry, orthonormal, retraction
 from lowrank_geo.geometry import Point
 
 TESTS = Path(__file__).resolve().parent
@@ -24,6 +24,20 @@ hypothesis.settings.load_profile("repeatable")
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def as_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing may look at the numbers, as on an accelerator or in a graph."""
+    for module in (orthonormal, retraction):
+        monkeypatch.setattr(module, "on_host", lambda x: False)
+
+
+@pytest.fixture(params=["host", "device"])
+def wherever(request: pytest.FixtureRequest) -> None:
+    """Both ways: with a look at the numbers, and without."""
+    if request.param == "device":
+        request.getfixturevalue("as_on_a_device")
 
 
 @pytest.fixture

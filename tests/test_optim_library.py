@@ -52,7 +52,7 @@ def test_maximize_is_descent_of_the_negative(make, net, data):
 
 @every_optimizer
 @pytest.mark.parametrize("tensor", [False, True], ids=["float lr", "tensor lr"])
-def test_the_step_reads_nothing_back_to_the_host(make, net, data, tensor):
+def test_the_step_reads_nothing_back_to_the_host(make, net, data, tensor, as_on_a_device):
     rates = [torch.tensor(0.01) if tensor else 0.01 for _ in range(2)]
     optimizer = make(param_groups(net, lr=rates[0], euclidean_lr=rates[1], weight_decay=0.1))
     backward(net, data)

@@ -27,7 +27,7 @@ def data():
 
 @every_form
 @pytest.mark.parametrize("step_size", [None, Polyak(max_lr="lr")], ids=["lr", "polyak"])
-def test_the_step_reads_nothing_back_to_the_host(net, data, form, step_size):
+def test_the_step_reads_nothing_back_to_the_host(net, data, form, step_size, as_on_a_device):
     optimizer = build(net, {**form, "step_size": step_size})
     train(net, optimizer, data, 2)
     loss = net(data[0]).square().mean()

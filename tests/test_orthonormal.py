@@ -1,16 +1,20 @@
 """orthonormal: dense SVD oracles over condition numbers, ranks, dtypes and scales."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from oracles import damped_sign, orthonormality, polar, rotation
 
+from lowrank_geo import orthonormal
 from lowrank_geo.geometry import random
 from lowrank_geo.orthonormal import damped_basis, inverse_sqrt, msign, orthonormalize, polar_update
 
 DTYPES = [torch.float32, torch.float64]
 ORTHONORMAL = {torch.float32: 1e-6, torch.float64: 1e-13}
+everywhere = pytest.mark.usefixtures("wherever")
 FRAMES = [(5, 1), (20, 8), (8, 8), (100, 64), (300, 256)]
 
 
@@ -31,6 +35,7 @@ def residual(K, Q):
     return ((K - Q @ (Q.mT @ K)).norm() / (eps * r**0.5 * K.norm())).item()
 
 
+@everywhere
 @pytest.mark.parametrize("condition", [1.0, 1e4, 1e8, 1e12, 1e16])
 @pytest.mark.parametrize("m, r", FRAMES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -41,6 +46,7 @@ def test_basis_is_orthonormal_and_spans_whatever_the_condition(m, r, condition, 
     assert residual(K, Q) <= 10  # at most 4.7 in 400 draws
 
 
+@everywhere
 @pytest.mark.parametrize("m, r", FRAMES[1:])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_basis_of_a_rank_deficient_matrix_keeps_its_range(m, r, dtype):
@@ -56,6 +62,7 @@ def test_basis_of_a_rank_deficient_matrix_keeps_its_range(m, r, dtype):
             assert residual(deficient, Q) <= 10
 
 
+@everywhere
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_basis_exists_where_the_kernel_of_K_is_mapped_by_U_into_its_range(dtype):
     # K = U N with N nilpotent: moving K towards U alone leaves it singular to the second order.
@@ -67,6 +74,7 @@ def test_basis_exists_where_the_kernel_of_K_is_mapped_by_U_into_its_range(dtype)
         assert residual(K, Q) <= 10
 
 
+@everywhere
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_basis_exists_where_K_is_a_few_rounding_errors_against_U(dtype):
     U, eps = torch.eye(6, 2, dtype=dtype), torch.finfo(dtype).eps
@@ -77,6 +85,7 @@ def test_basis_exists_where_K_is_a_few_rounding_errors_against_U(dtype):
         assert residual(K, Q) <= 10
 
 
+@everywhere
 @pytest.mark.parametrize("m, r", FRAMES)
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 5e-7), (torch.float64, 1e-14)], ids=str)
 def test_basis_of_zero_is_the_frame_itself(m, r, dtype, bound):
@@ -84,6 +93,7 @@ def test_basis_of_zero_is_the_frame_itself(m, r, dtype, bound):
     assert (orthonormalize(torch.zeros_like(U), U) - U).abs().max() <= bound
 
 
+@everywhere
 @pytest.mark.parametrize("scale", [1e-38, 1e-30, 1e-20, 1e20, 1e30, 1e37])
 def test_basis_does_not_depend_on_the_scale(scale):
     U, K = frame(20, 6, torch.float32), graded(20, 6, 10.0, torch.float32)
@@ -106,14 +116,16 @@ def test_basis_has_batch_dimensions_that_equal_a_loop():
     extra=st.integers(0, 4),
     exponents=st.lists(st.one_of(st.floats(-30, 0), st.just(-400.0)), min_size=6, max_size=6),
     double=st.booleans(),
+    host=st.booleans(),
     seed=st.integers(0, 1000),
 )
-def test_basis_is_sound_for_any_spectrum(r, extra, exponents, double, seed):
+def test_basis_is_sound_for_any_spectrum(r, extra, exponents, double, host, seed):
     torch.manual_seed(seed)
     dtype = torch.float64 if double else torch.float32
     sigma = 10.0 ** torch.tensor(exponents[:r], dtype=torch.float64)
     K = ((frame(r + extra, r) * sigma) @ rotation(r)).to(dtype)
-    Q = orthonormalize(K, frame(r + extra, r, dtype))
+    with patch.object(orthonormal, "on_host", lambda x: host):
+        Q = orthonormalize(K, frame(r + extra, r, dtype))
     assert orthonormality(Q) <= ORTHONORMAL[dtype]
     assert not K.any() or residual(K, Q) <= 10
 

@@ -53,6 +53,11 @@ class Direction(Protocol):
         """Whether it reads gradient − momentum."""
         ...
 
+    @property
+    def leaves_tangents(self) -> bool:
+        """Whether Up and Vp leave their spans, so that what lies in span(U), span(V) has to be removed again."""
+        ...
+
     def slots(self, point: Point) -> Slots:
         """Fresh state for one matrix."""
         ...
@@ -77,6 +82,10 @@ class Stateless:
 
     @property
     def watches_noise(self) -> bool:
+        return False
+
+    @property
+    def leaves_tangents(self) -> bool:
         return False
 
     def slots(self, point: Point) -> Slots:
@@ -105,6 +114,10 @@ class Sign(Stateless):
     Source: Bernstein et al., ICML 2018; Chen et al., Lion, NeurIPS 2023.
     """
 
+    @property
+    def leaves_tangents(self) -> bool:
+        return True
+
     def __call__(self, signal: Signal, slots: Slots) -> tuple[Tangent, Slots]:
         return Tangent(*(x.sign() for x in signal.output)), slots
 
@@ -125,6 +138,10 @@ class Clip(Stateless):
     def __post_init__(self) -> None:
         if not self.limit > 0:
             raise ValueError(f"Clip needs limit > 0, got {self.limit}; pass e.g. 1.0")
+
+    @property
+    def leaves_tangents(self) -> bool:
+        return True
 
     def __call__(self, signal: Signal, slots: Slots) -> tuple[Tangent, Slots]:
         return Tangent(*(x.clamp(-self.limit, self.limit) for x in signal.output)), slots

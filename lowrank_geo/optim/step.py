@@ -62,8 +62,8 @@ def propose(
     m = combine(how.u, momentum, how.v, g)
     output = combine(how.b, m, how.a, g)
     direction, slots = rule.direction(Signal(output, g, momentum, m, step), slots)
-    # Row scaling leaves the tangent space; the projection is where rounding errors of the gauge end, too.
-    direction = gauge(point, direction)
+    if rule.direction.leaves_tangents:
+        direction = gauge(point, direction)
     return Proposal(direction, m, slots, g)
 
 

@@ -62,6 +62,10 @@ class Variance:
     def watches_noise(self) -> bool:
         return self.gamma is not None
 
+    @property
+    def leaves_tangents(self) -> bool:
+        return True
+
     def slots(self, point: Point) -> Slots:
         U, S, V = point
         core = S.shape if self.over == "core" else ()
