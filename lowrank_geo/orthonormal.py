@@ -8,6 +8,8 @@ Everything here works on (..., m, r) with m >= r and costs a few tall products; 
 import torch
 from torch import Tensor
 
+from lowrank_geo.geometry import plus
+
 
 def symmetric(A: Tensor) -> Tensor:
     """(A + Aᵀ)/2."""
@@ -183,7 +185,7 @@ def msign(X: Tensor, *, damping: float = DAMPING) -> Tensor:
     gram, Q = gram / 1.01**2, identity / 1.01
     steps = POLAR_EXPRESS[: STEPS.get(X.dtype, len(POLAR_EXPRESS))]
     for step, (a, b, c) in enumerate(steps, start=1):
-        P = a * identity + gram @ (b * identity + c * gram)
+        P = a * identity + plus(b * gram, c * gram, gram)
         Q = Q @ P
         if step < len(steps):
             gram = symmetric(P @ gram @ P)
@@ -205,4 +207,4 @@ def damped_basis(X: Tensor, *, damping: float = DAMPING) -> tuple[Tensor, Tensor
     L, _ = torch.linalg.cholesky_ex(
         gram + torch.where(square > 0, damping**2 * square, 1.0) * identity
     )
-    return torch.linalg.solve_triangular(L.mT, X, upper=True, left=False), L.mT * largest
+    return X @ inverse(L).mT, L.mT * largest
