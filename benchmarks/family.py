@@ -4,6 +4,7 @@ The task is that of `pretrain.py --quick` at rank ratio 1/6. Embeddings, head an
 the methods that have no rate in Adam's units (SGD, signs): there one rate serves all parameters.
 """
 
+import math
 import time
 from collections.abc import Callable
 from functools import partial
@@ -15,9 +16,12 @@ import torch.nn.functional as F
 from pretrain import QUICK
 from protocol import Run, Store, geometric, sweep
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
-from lowrank_geo import optim
+from lowrank_geo import optim, param_groups
 from lowrank_geo.data import Batches
+from lowrank_geo.optim import schedules
+from lowrank_geo.optim.filters import EMA, FSGDM
 
 RANK = QUICK.width // 6
 # The first learning rate of each grid; a name of optim.OPTIMIZERS.
@@ -41,26 +45,62 @@ FIRST = {
     "qhm": 1.0,
     "fsgdm": 0.05,
 }
+# Without a schedule, to be held against the same rule tuned with one: its first learning rate.
+SCHEDULE_FREE = {
+    "schedule-free-muon": 5e-3,
+    "schedule-free-adam": 5e-3,
+    "schedule-free-polyak": 1e-2,
+    "schedule-free-sgd": 1.0,
+}
 OWN_RATE = ("lion", "sign", "sgd", "qhm", "fsgdm")
 
 
 def make(name: str, model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    one = name.startswith(OWN_RATE)
+    one = name.startswith(OWN_RATE) or name == "schedule-free-sgd"
     rates = {"lr": lr, "euclidean_lr": lr if one else lm.EUCLIDEAN_LR}
+    if name == "sgd-ema":  # RiemannianSGD whose momentum has gain 1
+        groups = param_groups(model, **rates)
+        return optim.RiemannianSGD(groups, filter=EMA(0.9))
     decay = 0.0 if name.startswith(("sgd", "qhm", "fsgdm")) else lm.WEIGHT_DECAY
     return optim.build(name, model, **rates, weight_decay=decay, total_steps=QUICK.steps)
 
 
-def compute(name: str, run: Run) -> dict[str, Any]:
+def compute(name: str, run: Run, **how: Any) -> dict[str, Any]:
     model = lm.lowrank(QUICK, run.seed, RANK)
-    return lm.train(model, [make(name, model, run.lr)], QUICK, run.seed)
+    return lm.train(model, [make(name, model, run.lr)], QUICK, run.seed, **how)
+
+
+def level(optimizer: torch.optim.Optimizer, steps: int) -> LambdaLR:
+    """Warmup and then always the same."""
+    return schedules.warmup_stable_decay(optimizer, steps, warmup=0.05, decay=0.0)
+
+
+def gain_of_fsgdm(optimizer: torch.optim.Optimizer, steps: int) -> LambdaLR:
+    """The common schedule times the gain v/(1 − u(t)) of FSGDM's filter, in units of its last: a fixed average with it
+    moves as far as FSGDM does, so that what is left between the two is the filter.
+    """
+    filter, common = FSGDM(steps), lm.decaying(optimizer, steps).lr_lambdas[0]
+    poles = filter.pole(torch.arange(1.0, steps + 2))
+    gains = ((1 - poles[-1]) / (1 - poles)).tolist()
+    return LambdaLR(optimizer, lambda step: common(step) * gains[min(step, steps)])
+
+
+def methods() -> dict[str, tuple[float, Callable[[Run], dict[str, Any]]]]:
+    """First learning rate of the grid and run, by the name of the row."""
+    found = {name: (first, partial(compute, name)) for name, first in FIRST.items()}
+    for name, first in SCHEDULE_FREE.items():
+        found[f"{name}, no schedule"] = first, partial(compute, name, plan=level)
+    found["muon, no schedule"] = FIRST["muon"], partial(compute, "muon", plan=level)
+    found["sgd, no clipping"] = FIRST["sgd"] / 4, partial(compute, "sgd", clip=math.inf)
+    found["average with the gain of fsgdm"] = 1.0, partial(compute, "sgd-ema", plan=gain_of_fsgdm)
+    return found
 
 
 def rows(store: Store) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the table."""
     found = []
-    for name, first in FIRST.items():
-        row = sweep(store, name, geometric(first, 2.0, 3), partial(compute, name))
+    for name, (first, run) in methods().items():
+        row = sweep(store, name, geometric(first, 2.0, 3), run)
         loss = f"{row.loss:.3f} ± {row.spread:.3f}"
         found.append([name, loss, f"{row.lr:.3g}", f"{row.window:.1f}"])
     return ["optimizer", "loss, nats/byte", "best lr", "lr window"], found

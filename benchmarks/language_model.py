@@ -1,18 +1,22 @@
 """A small byte-level language model on Python's standard library, trained in one call: the task of the benchmarks."""
 
 import time
+from collections.abc import Callable
+from contextlib import ExitStack
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.flop_counter import FlopCounterMode
 
 from lowrank_geo import convert, lowrank_layers, param_groups, plan_ranks, to_factors
 from lowrank_geo.data import Batches, ByteTokenizer, encode_corpus, load_corpus, windows
 from lowrank_geo.models.decoder import Decoder, DecoderConfig
-from lowrank_geo.optim import RiemannianAdam, RiemannianMuon, schedules
+from lowrank_geo.optim import RiemannianAdam, RiemannianMuon, ScheduleFree, schedules
+from lowrank_geo.train.step import averaged, descend
 
 EUCLIDEAN_LR = 2e-3  # of embeddings, norms and head, wherever matrices have a rule of their own
 WEIGHT_DECAY = 0.1
@@ -137,17 +141,31 @@ def split(model: nn.Module) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     return matrices, tables, vectors
 
 
+def decaying(optimizer: torch.optim.Optimizer, steps: int) -> LambdaLR:
+    """The schedule of every run that does not say otherwise: short warmup, linear decay to zero."""
+    return schedules.warmup_stable_decay(optimizer, steps, warmup=0.05, decay=0.95)
+
+
 def train(
-    model: nn.Module, optimizers: list[torch.optim.Optimizer], task: Task, seed: int
+    model: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    task: Task,
+    seed: int,
+    *,
+    plan: Callable[[torch.optim.Optimizer, int], LambdaLR] = decaying,
+    clip: float = 1.0,
 ) -> dict[str, Any]:
     """Train for task.steps; the loss is on held-out text, infinite once it is not finite.
+
+    A schedule-free optimizer is judged at its average.
 
     Units: loss in nats per byte, ms_per_step the median.
     """
     batches = Batches(tokens().train, context=task.context, batch=task.batch, seed=seed)
-    plans = [
-        schedules.warmup_stable_decay(o, task.steps, warmup=0.05, decay=0.95) for o in optimizers
-    ]
+    plans = [plan(o, task.steps) for o in optimizers]
+    for optimizer in optimizers:
+        if isinstance(optimizer, ScheduleFree):
+            optimizer.train()
     times = []
     for step in range(task.steps):
         start = time.perf_counter()
@@ -158,13 +176,17 @@ def train(
         for optimizer in optimizers:
             optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer, plan in zip(optimizers, plans, strict=True):
-            optimizer.step()
-            plan.step()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+        for optimizer, schedule in zip(optimizers, plans, strict=True):
+            descend(optimizer, loss.item())
+            schedule.step()
         times.append(time.perf_counter() - start)
+    with ExitStack() as stack:
+        for optimizer in optimizers:
+            stack.enter_context(averaged(optimizer))
+        held_out = evaluate(model, task)
     return {
-        "loss": evaluate(model, task),
+        "loss": held_out,
         "parameters": sum(p.numel() for p in model.parameters()),
         "mflop_per_token": flops(model, task) / (task.batch * task.context) / 1e6,
         "ms_per_step": 1e3 * sorted(times)[len(times) // 2] if times else float("nan"),
