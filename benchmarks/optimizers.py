@@ -1,11 +1,11 @@
 """The optimizer family: where each method wins and where it loses.
 
     python benchmarks/optimizers.py b e cost     # minutes
-    python benchmarks/optimizers.py c            # about 5 hours on 2 cores: 18 methods
+    python benchmarks/optimizers.py c d          # hours
 
-Parts: b, a quadratic of heterogeneous blocks; c, the small language model; e, a survey's five methods on digits and
-diabetes; cost, a step against torch's AdamW. Runs are kept in results/ and skipped; each part prints a table and one
-JSON line.
+Parts: b, a quadratic of heterogeneous blocks; c, the small language model; d, VGG-16 and a ViT on images; e, a survey's
+five methods on digits and diabetes; cost, a step against torch's AdamW. Runs are kept in results/ and skipped; each
+part prints a table and one JSON line.
 """
 
 import argparse
@@ -17,12 +17,14 @@ import family
 import heterogeneous
 import survey
 import torch
+import vision
 from protocol import Store, environment, table
 
-Part = Callable[[Store], tuple[list[str], list[list[str]]]]
+Part = Callable[..., tuple[list[str], list[list[str]]]]
 PARTS: dict[str, Part] = {
     "b": heterogeneous.rows,
     "c": family.rows,
+    "d": vision.rows,
     "e": survey.rows,
     "cost": lambda store: family.step_costs(),
 }
@@ -32,11 +34,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="+", choices=sorted(PARTS))
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--images", type=Path, help="part d: a folder of train/CLASS, test/CLASS")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     for part in arguments.parts:
         store = Store(Path(__file__).parent / "results" / f"optimizers-{part}.jsonl")
-        header, rows = PARTS[part](store)
+        more = {"images": arguments.images} if part == "d" else {}
+        header, rows = PARTS[part](store, **more)
         print(table(header, rows))
         records = [dict(zip(header, row, strict=True)) for row in rows]
         print(json.dumps({"benchmark": f"optimizers-{part}", "rows": records, **environment()}))

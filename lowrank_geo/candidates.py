@@ -14,7 +14,8 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from lowrank_geo.layers import LowRankConv2d, LowRankLayer, LowRankLinear
 
-DEFAULT_SKIP = ("lm_head",)
+# Output heads by their usual names: the same ratio of rank in all layers would give one of ten classes rank 1.
+DEFAULT_SKIP = ("lm_head", "head", "score", "fc", "classifier.6")
 KINDS = (
     "linear",
     "conv1d",

@@ -94,10 +94,11 @@ def test_skip_means_everything_inside_and_names_its_pattern():
     assert plan.entries[0].reason == "skipped by the pattern 'a'"
 
 
-def test_lm_head_is_skipped_by_default():
-    model = nn.ModuleDict({"lm_head": nn.Linear(32, 32), "fc": nn.Linear(32, 32)})
-    assert list(plan_ranks(model, rank=2).ranks) == ["fc"]
-    assert list(plan_ranks(model, rank=2, skip=()).ranks) == ["lm_head", "fc"]
+@pytest.mark.parametrize("head", ["lm_head", "head", "score", "fc"])
+def test_output_heads_are_skipped_by_default(head):
+    model = nn.ModuleDict({head: nn.Linear(32, 32), "wide": nn.Linear(32, 32)})
+    assert list(plan_ranks(model, rank=2).ranks) == ["wide"]
+    assert list(plan_ranks(model, rank=2, skip=()).ranks) == [head, "wide"]
 
 
 # peft 0.21 still asks transformers 5 for the old name of activation checkpointing.

@@ -75,12 +75,12 @@ def test_full_budget_keeps_everything_dense():
 
 
 def test_budget_counts_embeddings_and_tied_weights_once():
-    model = nn.ModuleDict({"embed": nn.Embedding(50, 16), "fc": nn.Linear(16, 64)})
+    model = nn.ModuleDict({"embed": nn.Embedding(50, 16), "wide": nn.Linear(16, 64)})
     model["head"] = nn.Linear(16, 50, bias=False)
     model["head"].weight = model["embed"].weight
-    plan = plan_ranks(model, budget=0.9)
+    plan = plan_ranks(model, budget=0.9, skip=())
     assert plan.dense_parameters == 50 * 16 + 17 * 64
-    assert list(plan.ranks) == ["fc"]
+    assert list(plan.ranks) == ["wide"]
     assert "tied" in plan.entries[1].reason and "everything else" in str(plan)
 
 

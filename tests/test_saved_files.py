@@ -72,25 +72,25 @@ BROKEN = {
         lambda d: (d / PLAN).write_bytes((d / PLAN).read_bytes() + b" "),
         "lowrank_plan.json and model.safetensors of one save",
     ),
-    "other rank": (lambda d: forge(d, lambda c: set_rank(c, 9)), r"'fc.U' of shape \(64, 9\)"),
-    "huge size": (lambda d: forge(d, lambda c: set_size(c, 10**12)), "'fc.U' of shape"),
-    "factor missing": (lambda d: rewrite(d, lambda t: t.pop("fc.S")), "a tensor 'fc.S'.*, got 'none'"),
+    "other rank": (lambda d: forge(d, lambda c: set_rank(c, 9)), r"'wide.U' of shape \(64, 9\)"),
+    "huge size": (lambda d: forge(d, lambda c: set_size(c, 10**12)), "'wide.U' of shape"),
+    "factor missing": (lambda d: rewrite(d, lambda t: t.pop("wide.S")), "a tensor 'wide.S'.*, got 'none'"),
     "tensor missing": (lambda d: rewrite(d, lambda t: t.pop("norm.bias")), "a tensor 'norm.bias'"),
     "tensor too many": (
         lambda d: rewrite(d, lambda t: t.update(x=torch.zeros(1))),
         "the tensors of the model only in .*, got 'x'",
     ),
     "half factor": (
-        lambda d: rewrite(d, lambda t: t.update({"fc.U": t["fc.U"].half()})),
-        "'fc.U' in F64 or F32",
+        lambda d: rewrite(d, lambda t: t.update({"wide.U": t["wide.U"].half()})),
+        "'wide.U' in F64 or F32",
     ),
     "other dtype": (
-        lambda d: rewrite(d, lambda t: t.update({"fc.bias": t["fc.bias"].double()})),
-        "'fc.bias' in F32 .*, got 'F64'",
+        lambda d: rewrite(d, lambda t: t.update({"wide.bias": t["wide.bias"].double()})),
+        "'wide.bias' in F32 .*, got 'F64'",
     ),
     "other shape": (
-        lambda d: rewrite(d, lambda t: t.update({"fc.bias": torch.zeros(63)})),
-        r"'fc.bias' of shape \(64,\)",
+        lambda d: rewrite(d, lambda t: t.update({"wide.bias": torch.zeros(63)})),
+        r"'wide.bias' of shape \(64,\)",
     ),
 }  # fmt: skip
 
@@ -110,9 +110,9 @@ def test_refuses_what_is_not_what_it_says_and_leaves_the_model_alone(saved, name
 
 def test_refuses_frames_that_are_not_orthonormal_for_tangent_gradients(saved):
     model = load_pretrained(saved, plain())
-    model["fc"].gradient = "tangent"
-    rewrite(saved, lambda t: t.update({"fc.U": 2 * t["fc.U"]}))
-    before = model["fc"].U.clone()
+    model["wide"].gradient = "tangent"
+    rewrite(saved, lambda t: t.update({"wide.U": 2 * t["wide.U"]}))
+    before = model["wide"].U.clone()
     with pytest.raises(ValueError, match="load_pretrained needs orthonormal columns in U"):
         load_pretrained(saved, model)
-    assert torch.equal(model["fc"].U, before)
+    assert torch.equal(model["wide"].U, before)

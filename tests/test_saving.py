@@ -29,7 +29,7 @@ def test_other_models_are_filled_in_place(saved):
     assert loaded is model and loaded.training
     assert loaded["head"].weight is loaded["embed"].weight is embedding
     assert loaded["norm"].running_mean is norm
-    assert isinstance(loaded["fc"], LowRankLinear)
+    assert isinstance(loaded["wide"], LowRankLinear)
     assert same(loaded, load_pretrained(saved, loaded))
 
 
@@ -57,16 +57,16 @@ def test_a_single_layer_and_a_shared_one_are_restored(tmp_path):
 def test_folder_holds_no_pickle_and_each_tensor_once(saved):
     assert sorted(os.listdir(saved)) == [PLAN, WEIGHTS]
     names = set(load_file(saved / WEIGHTS))
-    assert {"embed.weight", "fc.U", "fc.S", "fc.V", "conv.U"} < names
-    assert not names & {"head.weight", "fc.weight"}
+    assert {"embed.weight", "wide.U", "wide.S", "wide.V", "conv.U"} < names
+    assert not names & {"head.weight", "wide.weight"}
 
 
 def test_frozen_parameters_of_the_given_model_stay_frozen(saved):
     model = plain()
-    model["fc"].weight.requires_grad_(False)
+    model["wide"].weight.requires_grad_(False)
     loaded = load_pretrained(saved, model)
-    assert not any(p.requires_grad for p in loaded["fc"].point)
-    assert loaded["fc"].bias.requires_grad and loaded["conv"].U.requires_grad
+    assert not any(p.requires_grad for p in loaded["wide"].point)
+    assert loaded["wide"].bias.requires_grad and loaded["conv"].U.requires_grad
 
 
 def test_saved_ranks_are_those_of_the_model_not_of_an_older_plan(tmp_path):
@@ -148,8 +148,8 @@ def test_a_save_cut_between_two_files_is_whole_or_refused(saved, monkeypatch, mo
 
 def test_refuses_another_model(saved):
     model = plain()
-    model["fc"] = nn.Linear(32, 65)
-    with pytest.raises(ValueError, match="a linear of 64x32 at 'fc' .*, got a linear of 65x32"):
+    model["wide"] = nn.Linear(32, 65)
+    with pytest.raises(ValueError, match="a linear of 64x32 at 'wide' .*, got a linear of 65x32"):
         load_pretrained(saved, model)
     assert not list(lowrank_layers(model))
 

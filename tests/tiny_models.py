@@ -47,7 +47,7 @@ def hugging_face(name: str) -> nn.Module:
 
 def plain() -> nn.Module:
     """A model of no class that we could build, with a tied weight, a convolution and buffers."""
-    model = nn.ModuleDict({"embed": nn.Embedding(40, 32), "fc": nn.Linear(32, 64)})
+    model = nn.ModuleDict({"embed": nn.Embedding(40, 32), "wide": nn.Linear(32, 64)})
     model["conv"], model["norm"] = nn.Conv2d(8, 16, 3, bias=False), nn.BatchNorm2d(16)
     model["head"] = nn.Linear(32, 40, bias=False)
     model["head"].weight = model["embed"].weight
