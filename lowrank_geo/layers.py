@@ -181,9 +181,16 @@ class LowRankLinear(LowRankLayer):
 
         Shapes: W (m, n), bias (m).
         """
+        return cls.from_point(factorize(W, rank, init), detached(bias), transposed=transposed)
+
+    @classmethod
+    def from_point(
+        cls, point: Point, bias: Tensor | None = None, *, transposed: bool = False
+    ) -> "LowRankLinear":
+        """The layer whose weight is `point`; `transposed` as in `from_weight`."""
         layer = cls.__new__(cls)
-        LowRankLayer.__init__(layer, factorize(W, rank, init), detached(bias))
-        layer.out_features, layer.in_features = W.shape
+        LowRankLayer.__init__(layer, point, bias)
+        layer.out_features, layer.in_features = point.U.shape[0], point.V.shape[0]
         layer.transposed = transposed
         return layer
 
@@ -245,12 +252,25 @@ class LowRankConv2d(LowRankLayer):
         layer._copy_convolution(dense, rank, init)
         return layer
 
+    @classmethod
+    def from_point(
+        cls, point: Point, dense: nn.Conv2d, bias: Tensor | None = None
+    ) -> "LowRankConv2d":
+        """The layer whose kernel is `point`, with the windows of a dense convolution.
+
+        Raises: ValueError for a grouped convolution, whose kernel is not one matrix.
+        """
+        layer = cls.__new__(cls)
+        layer._adopt(point, dense, bias)
+        return layer
+
     def _copy_convolution(self, dense: nn.Conv2d, rank: int, init: str) -> None:
-        if dense.groups != 1:
-            raise ValueError(
-                f"LowRankConv2d needs groups=1, got {dense.groups}; keep grouped convolutions dense"
-            )
-        super().__init__(factorize(dense.weight.flatten(1), rank, init), detached(dense.bias))
+        check_ungrouped(dense)
+        self._adopt(factorize(dense.weight.flatten(1), rank, init), dense, detached(dense.bias))
+
+    def _adopt(self, point: Point, dense: nn.Conv2d, bias: Tensor | None) -> None:
+        check_ungrouped(dense)
+        super().__init__(point, bias)
         self.in_channels, self.out_channels = dense.in_channels, dense.out_channels
         self.geometry = ConvGeometry.of(dense)
 
@@ -274,6 +294,14 @@ class LowRankConv2d(LowRankLayer):
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.geometry.kernel_size}, "
             f"stride={self.geometry.stride}, rank={self.rank}, bias={self.bias is not None}, "
             f"gradient={self._gradient!r}"
+        )
+
+
+def check_ungrouped(dense: nn.Conv2d) -> None:
+    """Raise ValueError for a grouped convolution."""
+    if dense.groups != 1:
+        raise ValueError(
+            f"LowRankConv2d needs groups=1, got {dense.groups}; keep grouped convolutions dense"
         )
 
 

@@ -1,0 +1,53 @@
+"""Reading and writing the weight of a base layer, dequantised where PEFT knows how."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+try:  # PEFT 0.21 made one place of its quantisation back-ends
+    from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
+except ImportError:
+    get_quantization_kwargs = resolve_quantization_backend = None
+
+
+def backend_of(base: nn.Module, **quantization: Any) -> Any:
+    """PEFT's back-end for a quantised layer, None for a plain one and where PEFT has none."""
+    if resolve_quantization_backend is None:
+        return None
+    return resolve_quantization_backend(base, **quantization)
+
+
+def quantization_of(model: nn.Module) -> dict[str, Any]:
+    """What PEFT needs to know of the model to quantise a merged weight again."""
+    return {} if get_quantization_kwargs is None else get_quantization_kwargs(model)
+
+
+def read_weight(base: nn.Module, backend: Any) -> Tensor:
+    """The weight in floating point, not to be written to.
+
+    Raises: ValueError for a quantised weight that cannot be dequantised.
+    """
+    if backend is not None:
+        if not backend.supports_merge:
+            raise ValueError(
+                f"The weights of the quantization backend {backend.backend_name} cannot be dequantized, which merging "
+                "and `init='pissa'` need. Please use `init='zero'` and keep the adapter unmerged."
+            )
+        return backend.get_base_weight(base)
+    weight = base.weight
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        raise ValueError(
+            f"Cannot read the weights of {type(base).__name__} as floating point, which merging and `init='pissa'` "
+            "need. Please use `init='zero'` and keep the adapter unmerged."
+        )
+    return weight.detach()
+
+
+@torch.no_grad()
+def write_weight(layer: Any, weight: Tensor) -> None:
+    """Make `weight` that of the base layer, quantised if it was."""
+    if layer.quantization_backend is not None:
+        layer.quantization_backend.set_base_weight(layer, weight)
+    else:
+        layer.get_base_layer().weight.data = weight
