@@ -106,11 +106,12 @@ def test_resumed_from_a_checkpoint_it_ends_with_the_same_bits(name, tmp_path):
 
 def test_accumulated_batches_are_one_larger_batch(tmp_path):
     one, many = model_of(), model_of()
-    trainer(one, tmp_path, per_device_train_batch_size=8, save_strategy="no").train()
+    trainer(one, tmp_path, "sgd", per_device_train_batch_size=8, save_strategy="no").train()
     settings = dict(per_device_train_batch_size=4, gradient_accumulation_steps=2)
-    trainer(many, tmp_path, save_strategy="no", **settings).train()
+    trainer(many, tmp_path, "sgd", save_strategy="no", **settings).train()
+    assert sizes_of_changes(one)["adapter_norm"] > 1e-4
     for key, value in weights(one).items():
-        assert torch.allclose(value, weights(many)[key], atol=2e-4), key
+        assert torch.allclose(value, weights(many)[key], atol=1e-6), key
 
 
 def test_the_schedule_multiplies_the_rates_given_here(tmp_path):
@@ -152,6 +153,8 @@ def test_effective_rank_is_that_of_the_dense_change():
     (first, *_) = [m for _, m in lowrank_layers(model)]
     with torch.no_grad():
         first.U.mul_(3.0)  # off the manifold, as a foreign optimizer leaves it
+    for _, layer in lowrank_layers(model):
+        layer.requires_grad_(False)
     found = sizes_of_changes(model, layers=True)
     dense = [2.0 * m.U @ m.S @ m.V.mT for _, m in lowrank_layers(model)]
     sigma = [torch.linalg.svdvals(W) for W in dense]

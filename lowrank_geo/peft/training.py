@@ -25,7 +25,7 @@ def optimizer_for(
     euclidean_lr: float | None = None,
     weight_decay: float = 0.0,
     total_steps: int | None = None,
-) -> tuple[Callable[..., Optimizer], dict[str, Any]]:
+) -> tuple[type[Optimizer], dict[str, Any]]:
     """The optimizer called `name` for `Trainer(optimizer_cls_and_kwargs=...)`, with whole triples in its groups.
 
     The Trainer's own lists of decayed and undecayed parameters would tear U, S and V apart. Its learning rate and
@@ -58,11 +58,16 @@ def optimizer_for(
             "optimizer_for needs a model with parameters to train, got none; wrap it with get_peft_model first"
         )
 
-    def build(params: list[dict[str, Any]]) -> Optimizer:
-        return named.make(params, total_steps)
+    return class_for(name, lambda params: named.make(params, total_steps)), {"params": groups}
 
-    build.__name__ = name
-    return build, {"params": groups}
+
+def class_for(name: str, build: Callable[[Any], Optimizer]) -> type[Optimizer]:
+    """A class whose call is `build`: what is no class of optimizers, the Trainer takes for a factory of its own kind."""
+
+    def new(cls: type, params: Any) -> Optimizer:
+        return build(params)
+
+    return type(name, (Optimizer,), {"__new__": new})
 
 
 class RankCallback(TrainerCallback):
@@ -118,6 +123,7 @@ def sizes_of_changes(model: nn.Module, *, layers: bool = False) -> dict[str, flo
     return found
 
 
+@torch.no_grad()
 def core_of(triple: LowRankLayer) -> torch.Tensor:
     """S as it is with orthonormal frames, whose singular values are those of U S Vᵀ.
 
