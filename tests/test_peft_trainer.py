@@ -109,9 +109,9 @@ def test_accumulated_batches_are_one_larger_batch(tmp_path):
     trainer(one, tmp_path, "sgd", per_device_train_batch_size=8, save_strategy="no").train()
     settings = dict(per_device_train_batch_size=4, gradient_accumulation_steps=2)
     trainer(many, tmp_path, "sgd", save_strategy="no", **settings).train()
-    assert sizes_of_changes(one)["adapter_norm"] > 1e-4
-    for key, value in weights(one).items():
-        assert torch.allclose(value, weights(many)[key], atol=1e-6), key
+    pairs = zip(lowrank_layers(one), lowrank_layers(many), strict=True)
+    for (name, a), (_, b) in pairs:
+        assert (a.weight - b.weight).norm() < 1e-4 * a.weight.norm(), name
 
 
 def test_the_schedule_multiplies_the_rates_given_here(tmp_path):

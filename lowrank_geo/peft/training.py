@@ -62,7 +62,7 @@ def optimizer_for(
 
 
 def class_for(name: str, build: Callable[[Any], Optimizer]) -> type[Optimizer]:
-    """A class whose call is `build`: what is no class of optimizers, the Trainer takes for a factory of its own kind."""
+    """A class whose call is `build`: what is no class of optimizers, the Trainer takes for its own factory."""
 
     def new(cls: type, params: Any) -> Optimizer:
         return build(params)
