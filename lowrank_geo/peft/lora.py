@@ -75,6 +75,7 @@ def export_lora(
     ranks = {name: smaller_side(pair) for name, pair in pairs.items()}
     (common, _), *_ = Counter(ranks.values()).most_common(1)
     others = {re.escape(name): rank for name, rank in ranks.items() if rank != common}
+    bias: Any = "lora_only" if config.bias == "fixed_rank_only" else config.bias
     kinds = {kind_of(layer.get_base_layer()) for layer in layers.values()}
     lora = LoraConfig(
         r=common,
@@ -83,7 +84,7 @@ def export_lora(
         alpha_pattern=dict(others),
         target_modules=sorted(layers),
         modules_to_save=config.modules_to_save,
-        bias="none" if config.bias == "fixed_rank_only" else config.bias,
+        bias=bias,
         fan_in_fan_out=kinds == {"conv1d"},
         task_type=config.task_type,
         base_model_name_or_path=config.base_model_name_or_path,
@@ -106,12 +107,12 @@ def export_lora(
 
 def pair_of(layer: FixedRankLayer, adapter: str) -> Pair:
     """A and B of one layer with scale·ΔW = B A, shaped as PEFT's LoRA layer of this kind."""
-    scale, base = layer.fixed_rank_scale[adapter], layer.get_base_layer()
+    base: Any = layer.get_base_layer()
     B, A = factors_of(layer.fixed_rank_delta[adapter])
     if adapter in layer.fixed_rank_start:
         B0, A0 = factors_of(layer.fixed_rank_start[adapter])
         B, A = torch.cat([B, -B0], 1), torch.cat([A, A0], 0)
-    B = scale * B
+    B = layer.fixed_rank_scale[adapter] * B
     if kind_of(base) == "conv2d":
         return Pair(
             A.reshape(len(A), base.in_channels, *base.kernel_size), B[:, :, None, None].clone()
@@ -158,7 +159,7 @@ def import_lora(
     errors = {}
     with torch.no_grad():
         for name, point in points.items():
-            layer = wrapped.get_submodule(ROOT + name)
+            layer: Any = wrapped.get_submodule(ROOT + name)
             cut = weighted_sum([point], [1.0], ranks[name])
             errors[name] = _lost(point, ranks[name])
             (triple,) = layer.triples(adapter_name)

@@ -22,7 +22,7 @@ class FixedRankModel(BaseTuner):
 
     prefix = PREFIX
     tuner_layer_cls = FixedRankLayer
-    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    target_module_mapping: Any = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
@@ -39,7 +39,7 @@ class FixedRankModel(BaseTuner):
 
     def _create_and_replace(
         self,
-        peft_config: FixedRankConfig,
+        peft_config: Any,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -52,7 +52,7 @@ class FixedRankModel(BaseTuner):
             if isinstance(target, ParamWrapper) and target.parameter_name == parameter_name:
                 target.add(adapter)
                 return
-            new: nn.Module = ParamWrapper(target, adapter, parameter_name)
+            new: Any = ParamWrapper(target, adapter, parameter_name)
         elif isinstance(target, FixedRankLayer):
             target.add(adapter)
             return
@@ -60,7 +60,7 @@ class FixedRankModel(BaseTuner):
             base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
             new = layer_class(base)(target, adapter, **quantization_of(self.model))
         if adapter_name not in self.active_adapters:
-            new.fixed_rank_delta.requires_grad_(False)  # type: ignore[operator, union-attr]
+            new.fixed_rank_delta.requires_grad_(False)
         self._replace_module(parent, target_name, new, target)
 
     @contextmanager
