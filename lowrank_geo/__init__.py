@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowrank_geo import geometry, optim, retraction
 from lowrank_geo.convert import convert, to_dense, to_factors
+from lowrank_geo.dispatch import Backend, backend
 from lowrank_geo.functional import lowrank_linear
 from lowrank_geo.geometry import Point, Tangent
 from lowrank_geo.layers import LowRankConv2d, LowRankLinear, lowrank_layers
@@ -18,12 +19,14 @@ if TYPE_CHECKING:
 __version__ = version("lowrank-geo")
 
 __all__ = [
+    "Backend",
     "FixedRank",
     "LowRankConv2d",
     "LowRankLinear",
     "Point",
     "Tangent",
     "__version__",
+    "backend",
     "convert",
     "geometry",
     "load_pretrained",

@@ -15,12 +15,12 @@ from lowrank_geo.functional import (
     GRADIENTS,
     Gradient,
     autocast,
-    coordinates,
     keep,
     no_autocast,
     once,
     refuse_forward_derivatives,
 )
+from lowrank_geo.reference import coordinates
 
 
 class ConvGeometry(NamedTuple):

@@ -8,12 +8,16 @@ of the Riemannian gradient P_T(∂L/∂W), from x and a = x V alone; S is never 
 """
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
+
+from lowrank_geo import dispatch, reference
+from lowrank_geo.guard import refuse_derivative
+from lowrank_geo.reference import fold
 
 Gradient = Literal["factors", "tangent"]
 GRADIENTS: tuple[Gradient, ...] = ("factors", "tangent")
@@ -46,6 +50,9 @@ def lowrank_linear(
     if gradient == "tangent":
         refuse_forward_derivatives("lowrank_linear", x, U, S, V)
         rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+        kernel = dispatch.layer_kernel(rows, U, S, V, bias)
+        if kernel is not None:
+            return kernel(rows, U, S, V, bias)[0].reshape(*x.shape[:-1], U.shape[0])
         y, _ = TangentLinear.apply(rows, U, S, V)
         y = y if x.dim() == 2 else y.reshape(*x.shape[:-1], U.shape[0])
         return y if bias is None else y + bias.to(y.dtype)
@@ -66,16 +73,8 @@ def autocast(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(device))
 
 
-def fold(tokens: int, U: Tensor, S: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The cheaper association of a Sᵀ Uᵀ: (U S, None) for many tokens, (U, Sᵀ) for few.
-
-    Shapes: U (m, r), S (r, r) -> left (m, r), right (r, r) or None.
-    """
-    return (U @ S, None) if tokens >= U.shape[0] else (U, S.mT)
-
-
 class TangentLinear(torch.autograd.Function):
-    """y = x V Sᵀ Uᵀ and a = x V, the only activation kept besides x; backward is `tangent_gradients`.
+    """y = x V Sᵀ Uᵀ and a = x V, the only activation kept besides x; backward is its twin in `reference`.
 
     Shapes: x (B, n), U (m, r), S (r, r), V (n, r) -> y (B, m), a (B, r).
     """
@@ -84,10 +83,7 @@ class TangentLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, U: Tensor, S: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
-        U, S, V = U.to(x.dtype), S.to(x.dtype), V.to(x.dtype)
-        a = x @ V
-        left, right = fold(x.shape[0], U, S)
-        return (a if right is None else a @ right) @ left.mT, a
+        return reference.lowrank_linear(x, U, S, V)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -98,39 +94,10 @@ class TangentLinear(torch.autograd.Function):
         if g is None:
             return (None,) * 4
         with no_autocast(g):
-            grads = tangent_gradients(g, *ctx.saved_tensors, with_x=ctx.needs_input_grad[0])
+            grads = reference.lowrank_linear_backward(
+                g, *ctx.saved_tensors, ctx.needs_input_grad[0]
+            )
         return once("lowrank_linear", grads)
-
-
-def tangent_gradients(
-    g: Tensor, x: Tensor, U: Tensor, S: Tensor, V: Tensor, a: Tensor, *, with_x: bool = True
-) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-    """∂L/∂x, if asked for, and the tangent coordinates of the Riemannian gradient.
-
-    Shapes: g = ∂L/∂y (B, m), x (B, n), U (m, r), S (r, r), V (n, r), a = x V (B, r) -> dx (B, n),
-        Up (m, r), M (r, r), Vp (n, r).
-    """
-    dx = None
-    b = g @ U.to(g.dtype)  # (B, r)
-    if with_x:
-        left, right = fold(g.shape[0], V.to(g.dtype), S.to(g.dtype).mT)
-        dx = (b if right is None else b @ right) @ left.mT
-    return dx, *coordinates(U, V, g.mT @ a, x.mT @ b)
-
-
-def coordinates(U: Tensor, V: Tensor, GV: Tensor, GtU: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(Up, M, Vp) of P_T G from G V and GᵀU, gauged in the dtype of U and V.
-
-    Shapes: U (m, r), V (n, r), GV (m, r), GtU (n, r) -> Up (m, r), M (r, r), Vp (n, r).
-    """
-    if GV.dtype != U.dtype:
-        # Rounded products disagree on M, and each would leak into the gauge of the other.
-        GV, GtU = GV.to(U.dtype), GtU.to(U.dtype)
-        M, Mt = U.mT @ GV, V.mT @ GtU
-    else:
-        M = U.mT @ GV if U.shape[0] <= V.shape[0] else GtU.mT @ V
-        Mt = M.mT
-    return torch.addmm(GV, U, M, alpha=-1), M, torch.addmm(GtU, V, Mt, alpha=-1)
 
 
 def keep(ctx: Any, inputs: tuple, a: Tensor) -> None:
@@ -162,7 +129,7 @@ class Once(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> None:
-        refuse(ctx.call, "second")
+        refuse_derivative(ctx.call, "second")
 
 
 def once(call: str, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
@@ -176,18 +143,11 @@ def once(call: str, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None
 
 
 def refuse_forward_derivatives(call: str, *inputs: Tensor) -> None:
-    """`refuse` if an input carries a forward-mode tangent. Not as the `jvp` of the Function: torch.compile breaks the
-    graph at one that has it.
+    """`refuse_derivative` if an input carries a forward-mode tangent.
+
+    Not as the `jvp` of the Function: torch.compile breaks the graph at one that has it.
     """
     if forward_ad._current_level < 0:
         return
     if any(forward_ad.unpack_dual(x).tangent is not None for x in inputs):
-        refuse(call, "forward")
-
-
-def refuse(call: str, which: str) -> NoReturn:
-    """Raise RuntimeError: tangent gradients have no second or forward derivatives, and zero would be silently wrong."""
-    raise RuntimeError(
-        f"{call} needs gradient='factors' for {which} derivatives, got 'tangent'; "
-        "set layer.gradient = 'factors' before the forward pass"
-    )
+        refuse_derivative(call, "forward")

@@ -3,7 +3,7 @@ misread it.
 """
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -47,3 +47,11 @@ def _refuse_foreign_optimizer(optimizer: torch.optim.Optimizer, args: tuple, kwa
                     f"low-rank layer (a factor of shape {tuple(parameter.shape)}); use an optimizer of "
                     "lowrank_geo.optim, or set layer.gradient = 'factors' on the low-rank layers"
                 )
+
+
+def refuse_derivative(call: str, which: str) -> NoReturn:
+    """Raise RuntimeError: tangent gradients have no second or forward derivatives, and zero would be silently wrong."""
+    raise RuntimeError(
+        f"{call} needs gradient='factors' for {which} derivatives, got 'tangent'; "
+        "set layer.gradient = 'factors' before the forward pass"
+    )

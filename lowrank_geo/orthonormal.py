@@ -140,10 +140,19 @@ def polar_update(U: Tensor, D: Tensor) -> Tensor:
     """
     largest = D.abs().amax((-2, -1), keepdim=True).clamp(min=1)
     D = D / largest
-    bound = gram_bound(symmetric(D.mT @ D))
-    shorten = torch.minimum(largest, (LARGEST / bound.clamp_min(torch.finfo(D.dtype).tiny)).sqrt())
+    shorten, bound = shortening(D.mT @ D, largest)
     X = U + D * shorten
-    return X @ inverse_sqrt(symmetric(X.mT @ X), bound * shorten.square())
+    return X @ inverse_sqrt(symmetric(X.mT @ X), bound)
+
+
+def shortening(G: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
+    """s <= `largest` such that |s D|₂² stays below about `LARGEST`, and a bound of |s D|₂², from G = DᵀD.
+
+    Shapes: G (..., r, r), largest (..., 1, 1) -> twice (..., 1, 1).
+    """
+    bound = gram_bound(symmetric(G))
+    shorten = torch.minimum(largest, (LARGEST / bound.clamp_min(torch.finfo(G.dtype).tiny)).sqrt())
+    return shorten, bound * shorten.square()
 
 
 # Optimal odd quintics for singular values in [1e-3, 1], one a step, from Table 1 of the source;
@@ -178,18 +187,26 @@ def msign(X: Tensor, *, damping: float = DAMPING) -> Tensor:
     if X.shape[-2] < X.shape[-1]:
         return msign(X.mT, damping=damping).mT
     X, _ = normalized(X)
-    identity = torch.eye(X.shape[-1], dtype=X.dtype, device=X.device)
+    return X @ sign_factor(X.mT @ X, damping)
+
+
+def sign_factor(G: Tensor, damping: float = DAMPING) -> Tensor:
+    """C with `msign(X)` = X C for |X|_F = 1, from the Gram G = XᵀX alone.
+
+    Shapes: (..., r, r) -> (..., r, r).
+    """
+    identity = torch.eye(G.shape[-1], dtype=G.dtype, device=G.device)
     # The damping keeps the Gram positive under rounding, which the growing polynomials need.
-    gram = symmetric(X.mT @ X) + damping**2 * identity
+    gram = symmetric(G) + damping**2 * identity
     # 1.01: the first polynomials may leave [0, 1] slightly for an argument of exactly 1.
     gram, Q = gram / 1.01**2, identity / 1.01
-    steps = POLAR_EXPRESS[: STEPS.get(X.dtype, len(POLAR_EXPRESS))]
+    steps = POLAR_EXPRESS[: STEPS.get(G.dtype, len(POLAR_EXPRESS))]
     for step, (a, b, c) in enumerate(steps, start=1):
         P = a * identity + plus(b * gram, c * gram, gram)
         Q = Q @ P
         if step < len(steps):
             gram = symmetric(P @ gram @ P)
-    return X @ Q
+    return Q
 
 
 def damped_basis(X: Tensor, *, damping: float = DAMPING) -> tuple[Tensor, Tensor]:

@@ -10,8 +10,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lowrank_geo.geometry import Point, Tangent, plus
-from lowrank_geo.orthonormal import on_host, orthonormalize, polar_update
+from lowrank_geo import dispatch
+from lowrank_geo.geometry import Point, Tangent
+from lowrank_geo.orthonormal import on_host
 
 
 def svd(point: Point, xi: Tangent) -> Point:
@@ -45,10 +46,10 @@ def orthographic(point: Point, xi: Tangent) -> Point:
     """
     U, S, V = point
     A = S + xi.M
-    K, L = plus(xi.Up, U, A), plus(xi.Vp, V, A.mT)
-    U1, V1 = orthonormalize(K, U), orthonormalize(L, V)
-    # U1ᵀ(W + ξ)V1 with W + ξ = K Vᵀ + U Vpᵀ.
-    return Point(U1, (U1.mT @ K) @ (V.mT @ V1) + (U1.mT @ U) @ (xi.Vp.mT @ V1), V1)
+    # W + ξ = U (A Vᵀ + Vpᵀ) + Up Vᵀ, so U1ᵀ(W + ξ)V1 takes the frames' products alone.
+    U1, U1tU, U1tUp = dispatch.retract(U, A, xi.Up)
+    V1, V1tV, V1tVp = dispatch.retract(V, A.mT, xi.Vp)
+    return Point(U1, (U1tU @ A + U1tUp) @ V1tV.mT + U1tU @ V1tVp.mT, V1)
 
 
 def splitting(point: Point, xi: Tangent) -> Point:
@@ -58,14 +59,12 @@ def splitting(point: Point, xi: Tangent) -> Point:
     Source: Lubich & Oseledets, BIT 54, 2014.
     """
     U, S, V = point
-    K = U @ (S + xi.M) + xi.Up
-    U1 = orthonormalize(K, U)
-    # ξV is known exactly, so S1 = U1ᵀK and the backward step subtracts U1ᵀξV.
-    S_back = U1.mT @ (U @ S)
-    # ξᵀU1 = V (U M + Up)ᵀU1 + Vp UᵀU1
-    L = V @ S_back.mT + V @ ((U @ xi.M + xi.Up).mT @ U1) + xi.Vp @ (U.mT @ U1)
-    V1 = orthonormalize(L, V)
-    return Point(U1, L.mT @ V1, V1)
+    A = S + xi.M
+    U1, U1tU, U1tUp = dispatch.retract(U, A, xi.Up)
+    # ξV is known exactly: S1 = U1ᵀK less the backward step U1ᵀξV is U1ᵀU S, and L = V S1ᵀ + ξᵀU1 = V Cᵀ + Vp UᵀU1.
+    C = U1tU @ A + U1tUp
+    V1, V1tV, V1tVp = dispatch.retract(V, C.mT, xi.Vp, U1tU.mT)
+    return Point(U1, C @ V1tV.mT + U1tU @ V1tVp.mT, V1)
 
 
 def polar(point: Point, step: Tangent) -> Point:
@@ -77,7 +76,7 @@ def polar(point: Point, step: Tangent) -> Point:
     Shapes: as `Point`, with the step (ΔU, ΔS, ΔV) in a `Tangent` -> `Point`.
     """
     U, S, V = point
-    return Point(polar_update(U, step.Up), S + step.M, polar_update(V, step.Vp))
+    return Point(dispatch.polar(U, step.Up)[0], S + step.M, dispatch.polar(V, step.Vp)[0])
 
 
 RETRACTIONS: dict[str, Callable[[Point, Tangent], Point]] = {
@@ -98,15 +97,47 @@ def retract(point: Point, xi: Tangent, *, method: str = "orthographic") -> Point
     return RETRACTIONS[method](point, xi)
 
 
+def polar_carried(point: Point, step: Tangent, xi: Tangent) -> tuple[Point, Tangent]:
+    """`polar` and `keep_if_zero`, with `xi` projected to the tangent space of the new frames.
+
+    Shapes: as `Point` and `Tangent` -> `Point`, `Tangent`.
+    """
+    still = still_ones(step)
+    U, Up = dispatch.polar(point.U, step.Up, xi.Up, still)
+    V, Vp = dispatch.polar(point.V, step.Vp, xi.Vp, still)
+    assert Up is not None and Vp is not None
+    S = point.S + step.M
+    if still is not None:
+        S = torch.where(still[..., None, None], point.S, S)
+    return Point(U, S, V), Tangent(Up, xi.M, Vp)
+
+
+def is_zero(step: Tangent) -> Tensor:
+    """Whether every entry of a step is exactly zero.
+
+    Shapes: as `Tangent` -> (...).
+    """
+    return torch.stack([x.abs().amax((-2, -1)) for x in step]).amax(0) == 0
+
+
+def still_ones(step: Tangent) -> Tensor | None:
+    """`is_zero`, or None where a look at the numbers costs nothing and shows that every matrix moves.
+
+    Shapes: as `Tangent` -> (...).
+    """
+    still = is_zero(step)
+    return None if on_host(still) and not still.any() else still
+
+
 def keep_if_zero(old: Point, step: Tangent, new: Point) -> Point:
     """`new`, but bit for bit `old` for every matrix of the batch whose step is exactly zero.
 
     Shapes: as `Point` and `Tangent` -> `Point`.
     """
-    largest = torch.stack([x.abs().amax((-2, -1)) for x in step]).amax(0)
-    still = (largest == 0)[..., None, None]
-    if on_host(still) and not still.any():
+    still = still_ones(step)
+    if still is None:
         return new
+    still = still[..., None, None]
 
     def choose(a: Tensor, b: Tensor) -> Tensor:
         return torch.where(still, a, b)

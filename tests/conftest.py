@@ -1,5 +1,7 @@
-"""What every test shares: a seed, no repository root on sys.path, random points, and hypothesis without a clock."""
+"""What every test shares: a seed, interpreted kernels where there is no GPU, no repository root on
+sys.path, random points, and hypothesis without a clock."""
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +13,10 @@ from torch import Tensor
 
 from lowrank_geo import geometry, orthonormal, retraction
 from lowrank_geo.geometry import Point
+
+# Read when kernels are defined, so before their first import. With a GPU the same tests run compiled kernels.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 TESTS = Path(__file__).resolve().parent
 # The root would make `kernels` and `models` importable under the names that no user has.

@@ -8,12 +8,14 @@ import pytest
 import lowrank_geo
 
 PUBLIC = [
+    "Backend",
     "FixedRank",
     "LowRankConv2d",
     "LowRankLinear",
     "Point",
     "Tangent",
     "__version__",
+    "backend",
     "convert",
     "geometry",
     "load_pretrained",

@@ -11,8 +11,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from lowrank_geo import dispatch
 from lowrank_geo.geometry import Point, Tangent
-from lowrank_geo.orthonormal import damped_basis, msign
+from lowrank_geo.orthonormal import msign
 
 Slots = dict[str, Tangent]  # state by name: one tensor beside each of U, S, V
 State = dict[str, Tensor]  # of one flat parameter, by name
@@ -185,9 +186,9 @@ class ProductSpectral(Spectral):
         Up, M, Vp = signal.output
         m, n = Up.shape[-2], Vp.shape[-2]
         return Tangent(
-            msign(Up) * (self.rotation * m**0.5),
-            msign(M) * self.spectrum,
-            msign(Vp) * (self.rotation * n**0.5),
+            dispatch.spectral(Up) * (self.rotation * m**0.5),
+            dispatch.spectral(M) * self.spectrum,
+            dispatch.spectral(Vp) * (self.rotation * n**0.5),
         ), slots
 
 
@@ -204,7 +205,7 @@ class EmbeddedSpectral(Spectral):
         Up, M, Vp = signal.output
         r = M.shape[-1]
         # ξ = [U Q_u] [[M, P_vᵀ], [P_u, 0]] [V Q_v]ᵀ with Up = Q_u P_u and Vp = Q_v P_v.
-        (Q_u, P_u), (Q_v, P_v) = damped_basis(Up), damped_basis(Vp)
+        (Q_u, P_u), (Q_v, P_v) = dispatch.damped_basis(Up), dispatch.damped_basis(Vp)
         core = torch.cat(
             [torch.cat([M, P_v.mT], -1), torch.cat([P_u, torch.zeros_like(M)], -1)], -2
         )

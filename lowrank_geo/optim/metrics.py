@@ -1,4 +1,4 @@
-"""Two geometries of the fixed-rank manifold, as the four functions an optimizer needs.
+"""Two geometries of the fixed-rank manifold, as the two functions an optimizer needs.
 
 `EMBEDDED` is the metric of R^(m×n): gradients (Up, M, Vp), retractions of
 `lowrank_geo.retraction`, transport by projection. `PRODUCT` moves the frames and the core
@@ -10,26 +10,43 @@ from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
 
-from lowrank_geo import retraction
-from lowrank_geo.geometry import Point, Tangent, gauge, transport
+from torch import Tensor
+
+from lowrank_geo import dispatch, retraction
+from lowrank_geo.geometry import Point, Tangent
 
 
 class Metric(NamedTuple):
     """What a step does to tangents; all functions take batches."""
 
     name: str
-    gradient: Callable[[Point, Tangent], Tangent]  # tangent coordinates -> gradient of this metric
-    retract: Callable[[Point, Tangent], Point]
-    transport: Callable[[Point, Tangent, Point], Tangent]
+    # What Up and Vp of the tangent coordinates are multiplied by in the gradient of this metric; None for nothing.
+    factors: Callable[[Point], tuple[Tensor | None, Tensor | None]]
+    # (old point, decayed point, step, ξ at the old point) -> new point, ξ there; a zero step keeps the decayed one.
+    move: Callable[[Point, Point, Tangent, Tangent], tuple[Point, Tangent]]
+
+    def gradient(self, point: Point, xi: Tangent) -> Tangent:
+        """The gradient of this metric from the tangent coordinates.
+
+        Shapes: as `Tangent`.
+        """
+        left, right = self.factors(point)
+        if left is None or right is None:
+            return xi
+        return Tangent(xi.Up @ left, xi.M, xi.Vp @ right)
 
 
-def product_gradient(point: Point, xi: Tangent) -> Tangent:
-    """((I − UUᵀ)∂L/∂U, ∂L/∂S, (I − VVᵀ)∂L/∂V) from the tangent coordinates, without an inverse of
-    S.
+def product_factors(point: Point) -> tuple[Tensor, Tensor]:
+    """Sᵀ and S: ((I − UUᵀ)∂L/∂U, ∂L/∂S, (I − VVᵀ)∂L/∂V) = (Up Sᵀ, M, Vp S), without an inverse of S.
 
-    Shapes: as `Tangent`.
+    Shapes: -> twice (..., r, r).
     """
-    return Tangent(xi.Up @ point.S.mT, xi.M, xi.Vp @ point.S)
+    return point.S.mT, point.S
+
+
+def product_move(point: Point, decayed: Point, step: Tangent, xi: Tangent) -> tuple[Point, Tangent]:
+    """Polar factors; they turn frames as little as possible, so that ξ needs only a projection."""
+    return retraction.polar_carried(decayed, step, xi)
 
 
 def embedded(method: str = "orthographic") -> Metric:
@@ -42,10 +59,17 @@ def embedded(method: str = "orthographic") -> Metric:
         raise ValueError(
             f"the embedded metric needs a retraction out of {names}, got {method!r}; use one of them"
         )
-    return Metric("embedded", lambda point, xi: xi, retraction.RETRACTIONS[method], transport)
+    retract = retraction.RETRACTIONS[method]
+
+    def move(point: Point, decayed: Point, step: Tangent, xi: Tangent) -> tuple[Point, Tangent]:
+        new = retraction.keep_if_zero(decayed, step, retract(decayed, step))
+        carried = dispatch.transport(point.U, point.V, *xi, new.U, new.V)
+        return new, Tangent(*carried)
+
+    return Metric("embedded", lambda point: (None, None), move)
 
 
-PRODUCT = Metric("product", product_gradient, retraction.polar, lambda point, xi, to: gauge(to, xi))
+PRODUCT = Metric("product", product_factors, product_move)
 
 
 @cache  # the same object each time: torch.compile guards on its functions

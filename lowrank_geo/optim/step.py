@@ -7,11 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lowrank_geo import dispatch
 from lowrank_geo.geometry import Point, Tangent, gauge, inner, norm
 from lowrank_geo.optim.directions import Direction, Signal, Slots
 from lowrank_geo.optim.filters import Filter
 from lowrank_geo.optim.metrics import Metric
-from lowrank_geo.retraction import keep_if_zero
 
 
 class Rule(NamedTuple):
@@ -57,10 +57,7 @@ def propose(
 
     Shapes: U, Up (L, m, r), S, M (L, r, r), V, Vp (L, n, r), step (L,), counting from 1.
     """
-    g = rule.metric.gradient(point, gradient)
-    how = rule.filter.coefficients(step)
-    m = combine(how.u, momentum, how.v, g)
-    output = combine(how.b, m, how.a, g)
+    g, m, output = filtered(rule, point, gradient, momentum, step)
     direction, slots = rule.direction(Signal(output, g, momentum, m, step), slots)
     if rule.direction.leaves_tangents:
         direction = gauge(point, direction)
@@ -76,8 +73,7 @@ def take(
     """
     step = Tangent(*(-lr * x for x in proposal.direction))
     decayed = Point(point.U, (1 - lr * weight_decay) * point.S, point.V)
-    moved = keep_if_zero(decayed, step, rule.metric.retract(decayed, step))
-    carried = rule.metric.transport(point, proposal.momentum, moved)
+    moved, carried = rule.metric.move(point, decayed, step, proposal.momentum)
     before, after = norm(proposal.momentum), norm(carried)
     tiny = torch.finfo(before.dtype).tiny
     tau = torch.where(before > 0, after / before.clamp_min(tiny), 1.0)
@@ -85,6 +81,28 @@ def take(
         stretch = torch.where(after > 0, before / after.clamp_min(tiny), 1.0)[..., None, None]
         carried = Tangent(*(stretch * x for x in carried))
     return Moved(moved, carried, rule.direction.carry(proposal.slots, point, moved), tau)
+
+
+def filtered(
+    rule: Rule, point: Point, gradient: Tangent, momentum: Tangent, step: Tensor
+) -> tuple[Tangent, Tangent, Tangent]:
+    """The gradient g of the metric, m = u·momentum + v·g, and the output a·g + b·m.
+
+    Shapes: as `propose`.
+    """
+    how = rule.filter.coefficients(step)
+    if not dispatch.runs_kernels(*gradient, *momentum):
+        g = rule.metric.gradient(point, gradient)
+        m = combine(how.u, momentum, how.v, g)
+        return g, m, combine(how.b, m, how.a, g)
+    left, right = rule.metric.factors(point)
+    weights = torch.stack([torch.ones_like(step) * weight for weight in how], -1).float()
+    parts = [
+        dispatch.tangent(Z, R=R, momentum=old, weights=weights)
+        for Z, R, old in zip(gradient, (left, None, right), momentum, strict=True)
+    ]
+    g, m, output = (Tangent(*part) for part in zip(*parts, strict=True))
+    return g, m, output
 
 
 def combine(a: float | Tensor, xi: Tangent, b: float | Tensor, eta: Tangent) -> Tangent:
