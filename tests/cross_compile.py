@@ -1,0 +1,110 @@
+"""Compile every kernel for a GPU that is not there, with the arguments of its own launchers, and print what it needs.
+
+    python tests/cross_compile.py
+
+One JSON line a kernel: name, registers, spilled bytes, shared memory, tensor-core products. Run without
+TRITON_INTERPRET. Tensors live on the CPU; launches are replaced by compilations.
+"""
+
+import importlib
+import json
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.compiler import compile as compile_kernel
+
+NAMES = ("gram", "lowrank_linear", "tangent", "transport", "polar", "retract", "spectral")
+KINDS = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float64: "*fp64",
+    torch.int32: "*i32",
+}
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+class Compiled:
+    """Stands for a kernel: launching compiles it for compute capability 9.0."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return self.launch
+
+    def launch(self, *args: Any, **options: Any) -> None:
+        values = {**dict(zip(self.kernel.arg_names, args, strict=False)), **options}
+        fixed = {p.name for p in self.kernel.params if p.is_constexpr}
+        signature, constants, hints = {}, {}, {}
+        for index, name in enumerate(self.kernel.arg_names):
+            value = values[name]
+            if name in fixed or (not isinstance(value, Tensor) and value == 1):
+                signature[name], constants[(index,)] = "constexpr", value
+            else:
+                signature[name] = KINDS[value.dtype] if isinstance(value, Tensor) else "i32"
+                if isinstance(value, Tensor) or value % 16 == 0:
+                    hints[(index,)] = [["tt.divisibility", 16]]
+        source = ASTSource(self.kernel, signature, constants, hints)
+        chosen = {k: values[k] for k in ("num_warps", "num_stages") if k in values}
+        report(
+            self.kernel.__name__,
+            compile_kernel(source, target=GPUTarget("cuda", 90, 32), options=chosen),
+        )
+
+
+def report(name: str, compiled: Any) -> None:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(compiled.asm["cubin"])
+        command = [str(CUOBJDUMP), "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK"))  # type: ignore[index]
+    record = {
+        "kernel": name,
+        "registers": registers,
+        "spilled": stack,
+        "shared": compiled.metadata.shared,
+        "products": len(re.findall(r"wgmma\.mma|mma\.sync", compiled.asm["ptx"])),
+    }
+    print(json.dumps(record), flush=True)
+
+
+def main(L: int = 12, m: int = 768, r: int = 96, tokens: int = 4096) -> None:
+    modules = {name: importlib.import_module(f"lowrank_geo.kernels.{name}") for name in NAMES}
+    for module in modules.values():
+        module.wrap_triton = Compiled  # type: ignore[attr-defined]
+        module.precision = lambda A: "tf32x3"  # type: ignore[attr-defined]
+    tall, core, flags = (
+        torch.empty(L, m, r),
+        torch.empty(L, r, r),
+        torch.empty(L, dtype=torch.int32),
+    )
+    d, wide = torch.empty(L), core.double()
+    run = modules
+    run["gram"].gram(tall, tall, d)
+    run["tangent"].tangent(tall, tall, core)
+    run["tangent"].tangent(tall, R=core, momentum=tall, weights=torch.empty(L, 4))
+    run["transport"].transport_grams(tall, tall, tall)
+    run["transport"].transport_write(tall, tall, tall, core, core, core)
+    run["polar"].polar_grams(tall, tall, tall, d)
+    run["polar"].polar_write(tall, tall, tall, d, core, core, core, flags)
+    run["retract"].stretch(tall, core, tall, core)
+    run["retract"].regram(tall, wide)
+    run["retract"].settle(tall, wide, tall, flags)
+    run["spectral"].apply(tall, core, d)
+    for dtype in (torch.bfloat16, torch.float32):
+        x, y = torch.empty(tokens, m, dtype=dtype), torch.empty(tokens, r, dtype=dtype)
+        run["gram"].gram(x, y, fast=True)
+        run["lowrank_linear"].lowrank_linear(x, tall[0], None, tall[0], x[0], fast=True)
+        run["lowrank_linear"].product(x, tall[0], fast=True)
+
+
+if __name__ == "__main__":
+    main()
