@@ -105,7 +105,9 @@ def test_unknown_keywords_are_refused(make, net):
     "name",
     ["sgd, splitting", "sgd, norm kept", "fsgdm", "adam", "adam, core", "muon", "muon, product"],
 )
-def test_compiled_steps_are_the_same_and_compile_once_for_each_shape(name, net, data):
+def test_compiled_steps_are_the_same_and_compile_once_for_each_shape(
+    name, net, data, as_on_a_device
+):
     """Graphs are traced, not generated, here: whether they break or multiply is what the test is about."""
     torch._dynamo.reset()
     counters.clear()
