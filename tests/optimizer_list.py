@@ -7,6 +7,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowrank_geo.layers import LowRankLinear
 from lowrank_geo.optim import (
+    AugmentedAdam,
+    AugmentedHeavyBall,
     RiemannianAdam,
     RiemannianLion,
     RiemannianMuon,
@@ -41,10 +43,21 @@ OPTIMIZERS = {
     "muon": lambda groups: RiemannianMuon(groups, lr=0.01),
     "muon, no nesterov": lambda groups: RiemannianMuon(groups, lr=0.01, nesterov=False),
     "muon, product": lambda groups: RiemannianMuon(groups, lr=0.01, metric="product"),
+    "dlrt heavy ball": lambda groups: AugmentedHeavyBall(groups, lr=0.05, inner_steps=3),
+    "dlrt heavy ball, every batch": lambda groups: AugmentedHeavyBall(
+        groups, lr=0.1, tolerance=0.01, inner_steps=1, every_batch=True
+    ),
+    "dlrt adam": lambda groups: AugmentedAdam(groups, lr=0.01, inner_steps=3),
+    "dlrt adam, corrected": lambda groups: AugmentedAdam(
+        groups, lr=0.01, inner_steps=2, every_batch=True, second="mixed", age=True
+    ),
 }
 every_optimizer = pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
 # Signs and entries of coordinates depend on the frames, and their docstrings say so.
-COORDINATES = {"sgd, clipped", "signum", "signsgd", "lion", "adam, core"}
+COORDINATES = {
+    *("sgd, clipped", "signum", "signsgd", "lion", "adam, core"),
+    *("dlrt adam", "dlrt adam, corrected"),
+}
 every_invariant_optimizer = pytest.mark.parametrize(
     "make",
     [make for name, make in OPTIMIZERS.items() if name not in COORDINATES],

@@ -4,6 +4,7 @@ retraction.
 
 from lowrank_geo.optim import filters, schedules
 from lowrank_geo.optim.adam import RiemannianAdam
+from lowrank_geo.optim.augmented import AugmentedAdam, AugmentedHeavyBall
 from lowrank_geo.optim.base import RiemannianOptimizer
 from lowrank_geo.optim.groups import param_groups
 from lowrank_geo.optim.muon import RiemannianMuon
@@ -15,6 +16,8 @@ from lowrank_geo.optim.sign import RiemannianLion, RiemannianSignum
 
 __all__ = [
     "OPTIMIZERS",
+    "AugmentedAdam",
+    "AugmentedHeavyBall",
     "Polyak",
     "RiemannianAdam",
     "RiemannianLion",

@@ -132,7 +132,7 @@ class RiemannianOptimizer(Optimizer):
         columns = list(zip(*points, strict=True))  # all U, all S, all V
         rule = self.rule(group)
         names = ("momentum", *rule.direction.slots(Point(*(c[0] for c in columns))))
-        gradient = Tangent(*(stack(_gradients(group, column)) for column in columns))
+        gradient = Tangent(*(stack(gradients(group, column)) for column in columns))
         states = {
             name: Tangent(*(stack([self.state[p][name] for p in column]) for column in columns))
             for name in names
@@ -147,10 +147,10 @@ class RiemannianOptimizer(Optimizer):
                 lr = torch.full((), lr, device=point.S.device)
             moved = self._take_step(rule, point, proposal, lr, group["weight_decay"])
             for column, new in zip(columns, moved.point, strict=True):
-                torch._foreach_copy_(list(column), list(new.unbind()))
+                store(list(column), new)
             for name, parts in {"momentum": moved.momentum, **moved.slots}.items():
                 for column, part in zip(columns, parts, strict=True):
-                    torch._foreach_copy_([self.state[p][name] for p in column], list(part.unbind()))
+                    store([self.state[p][name] for p in column], part)
             for at, tau in zip(points, moved.transport.unbind(), strict=True):
                 self._transports[id(at.S)] = tau
 
@@ -171,7 +171,7 @@ class RiemannianOptimizer(Optimizer):
     def _propose_flat(self, group: dict[str, Any], params: list[Tensor]) -> Pending:
         states = [self.state[p] for p in params]
         kinds = [torch.promote_types(p.dtype, torch.float32) for p in params]
-        grads = [g.to(kind) for g, kind in zip(_gradients(group, params), kinds, strict=True)]
+        grads = [g.to(kind) for g, kind in zip(gradients(group, params), kinds, strict=True)]
         active = counts(group["lr"], grads)
         torch._foreach_add_([s["step"] for s in states], 1.0 if active is None else active)
         rule = self.rule(group)
@@ -214,7 +214,7 @@ class RiemannianOptimizer(Optimizer):
             }
 
 
-def _gradients(group: dict[str, Any], params: Iterable[Tensor]) -> list[Tensor]:
+def gradients(group: dict[str, Any], params: Iterable[Tensor]) -> list[Tensor]:
     """What to descend along: the gradients, or their negatives."""
     grads = [check_gradient(p) for p in params]
     return list(torch._foreach_neg(grads)) if group["maximize"] else grads
@@ -226,6 +226,14 @@ def stack(tensors: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
     Shapes: L tensors (...) -> (L, ...).
     """
     return tensors[0].detach()[None] if len(tensors) == 1 else torch.stack(list(tensors)).detach()
+
+
+def store(targets: list[Tensor], batch: Tensor) -> None:
+    """The parts of a batch, copied into tensors of their own: the inverse of `stack`.
+
+    Shapes: L tensors (...), batch (L, ...).
+    """
+    torch._foreach_copy_(targets, list(batch.unbind()))
 
 
 def stack_flat(gradient: Tangent, index: int) -> Tensor:

@@ -76,6 +76,23 @@ def check_betas(betas: tuple[float, float]) -> None:
         )
 
 
+def check_cycle(group: Mapping[str, Any]) -> None:
+    """Raise ValueError or TypeError unless the numbers of a cycle of augmentation and truncation can be."""
+    for name, low in (("inner_steps", 1), ("min_rank", 1), ("max_rank", group["min_rank"])):
+        value = group[name]
+        if value is None and name == "max_rank":
+            continue
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} needs to be a whole number, got {value!r}; pass e.g. {low}")
+        if value < low:
+            also = " (min_rank)" if name == "max_rank" else ""
+            raise ValueError(f"{name} needs to be >= {low}{also}, got {value}; pass e.g. {low}")
+    if not 0 <= group["tolerance"] < 1:
+        raise ValueError(
+            f"tolerance needs to be in [0, 1), got {group['tolerance']}; pass e.g. 0.1, a relative error"
+        )
+
+
 def check_schedule_free(
     optimizer: Any, beta: float, step_size: Any, gradient_at: str, model: Any
 ) -> None:
@@ -84,6 +101,11 @@ def check_schedule_free(
         raise TypeError(
             f"ScheduleFree needs an optimizer of lowrank_geo.optim, got {type(optimizer).__name__}; "
             "use e.g. RiemannianAdam(params, betas=(0.0, 0.99)), which off the manifold is AdamW"
+        )
+    if getattr(optimizer, "changes_rank", False):
+        raise TypeError(
+            f"ScheduleFree needs an optimizer that keeps the rank, got {type(optimizer).__name__}; "
+            "use e.g. RiemannianSGD(params, momentum=0.0)"
         )
     if not 0 <= beta <= 1:
         raise ValueError(f"ScheduleFree needs beta in [0, 1], got {beta}; pass e.g. 0.9")
