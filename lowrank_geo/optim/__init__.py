@@ -13,6 +13,7 @@ from lowrank_geo.optim.polyak import Polyak
 from lowrank_geo.optim.schedule_free import ScheduleFree
 from lowrank_geo.optim.sgd import RiemannianSGD
 from lowrank_geo.optim.sign import RiemannianLion, RiemannianSignum
+from lowrank_geo.optim.widths import compact, reserve
 
 __all__ = [
     "OPTIMIZERS",
@@ -27,7 +28,9 @@ __all__ = [
     "RiemannianSignum",
     "ScheduleFree",
     "build",
+    "compact",
     "filters",
     "param_groups",
+    "reserve",
     "schedules",
 ]

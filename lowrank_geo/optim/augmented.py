@@ -145,8 +145,8 @@ class AugmentedOptimizer(RiemannianOptimizer):
 
 
 class AugmentedAdam(AugmentedOptimizer):
-    """DLRT Adam: dynamical low-rank training with Adam on the core, after RobustDLRT's algorithm and code, and AdamW's rule
-    for the other parameters.
+    """DLRT Adam, after the algorithm and code of RobustDLRT: dynamical low-rank training with Adam on the core. Other
+    parameters follow AdamW.
 
     One batch augments the bases by the gradient, `inner_steps` batches train the core S in them, the last of these
     truncates to the lowest rank with an error below `tolerance`·|S|_F. Other parameters train on every batch. A layer
