@@ -1,11 +1,11 @@
 """The optimizer family: where each method wins and where it loses.
 
-    python benchmarks/optimizers.py b e cost     # minutes
+    python benchmarks/optimizers.py a b e cost   # minutes; a: half an hour
     python benchmarks/optimizers.py c d          # hours
 
-Parts: b, a quadratic of heterogeneous blocks; c, the small language model; d, VGG-16 and a ViT on images; e, a survey's
-five methods on digits and diabetes; cost, a step against torch's AdamW. Runs are kept in results/ and skipped; each
-part prints a table and one JSON line.
+Parts: a, a quadratic on matrices of rank 5; b, a quadratic of heterogeneous blocks; c, the small language model; d,
+VGG-16 and a ViT on images; e, a survey's five methods on digits and diabetes; cost, a step against torch's AdamW. Runs
+are kept in results/ and skipped; each part prints a table and one JSON line.
 """
 
 import argparse
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import family
 import heterogeneous
+import quadratic
 import survey
 import torch
 import vision
@@ -22,6 +23,7 @@ from protocol import Store, environment, table
 
 Part = Callable[..., tuple[list[str], list[list[str]]]]
 PARTS: dict[str, Part] = {
+    "a": quadratic.rows,
     "b": heterogeneous.rows,
     "c": family.rows,
     "d": vision.rows,
