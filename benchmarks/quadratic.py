@@ -3,8 +3,8 @@
     L(W) = ½⟨W − W*, A(W − W*)B⟩,  W* 50×40 with singular values from 1 down to 1/κ, A and B of one condition number
 
 Every method starts at the same point of rank 5, sees exact gradients, has momentum 0.9 and the same eight learning
-rates; three draws of the problem, the mean at the rate that is best in it. An iteration is one gradient; DLRT spends one of
-each cycle on its bases. Truncation of DLRT is to rank 5 exactly: a tolerance of 0.1 would cut W* itself.
+rates; three draws of the problem, the mean at the rate where it is lowest. An iteration is one gradient; DLRT spends
+one of each cycle on its bases. Truncation of DLRT is to rank 5 exactly: a tolerance of 0.1 would cut W* itself.
 """
 
 import math
