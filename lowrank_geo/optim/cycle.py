@@ -107,7 +107,7 @@ def take_core(
     Shapes: as `propose_core`; lr a number or a 0-d tensor.
     """
     (U, S, V), rank, step, slots = proposal.core
-    decay = torch.where(proposal.moves, lr * weight_decay, 0.0)[:, None, None]
+    decay = (lr * weight_decay) * proposal.moves.to(S.dtype)[:, None, None]
     point = Point(U, (1 - decay) * S - lr * proposal.direction, V)
     after, kept = Core(point, rank, step, slots), torch.ones_like(step)
     if event.truncate:
