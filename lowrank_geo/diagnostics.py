@@ -79,6 +79,7 @@ def _deviation(Q: Tensor) -> Tensor:
 def snapshot(model: nn.Module, optimizer: Any = None) -> dict[str, Any]:
     """The layers' part of a "diagnostics" line of `metrics.jsonl`: plain numbers, None where JSON has none.
 
+    "ranks" are the widths of the factors, or what an optimizer that changes the rank has in use of them.
     "transport" holds |Tξ|/|ξ| of the last step for an optimizer that reports it, and is empty otherwise;
     "signal_to_noise", of the gradients, is there for optimizers that estimate it.
 
@@ -88,9 +89,10 @@ def snapshot(model: nn.Module, optimizer: Any = None) -> dict[str, Any]:
     """
     transports = getattr(optimizer, "transports", dict)
     noise = getattr(optimizer, "signal_to_noise", None)
+    ranks = getattr(optimizer, "ranks", dict)
     known = {} if noise is None else {"signal_to_noise": _finite(float(noise()))}
     return known | {
-        "ranks": {name: layer.rank for name, layer in lowrank_layers(model)},
+        "ranks": {name: layer.rank for name, layer in lowrank_layers(model)} | ranks(),
         "spectra": {
             name: [_finite(float(f"{value:.{DIGITS}g}")) for value in values.tolist()]
             for name, values in spectra(model).items()

@@ -9,6 +9,7 @@ import torch
 from optimizer_list import Net, backward, run, snapshot, states
 from torch._dynamo.utils import counters
 
+from lowrank_geo import diagnostics
 from lowrank_geo.layers import LowRankLayer, LowRankLinear, lowrank_layers
 from lowrank_geo.optim import (
     AugmentedAdam,
@@ -280,6 +281,14 @@ def test_truncating_between_steps_ends_the_cycle():
     assert not net.first.S[3:].any() and not net.first.S[:, 3:].any()
     run(net, optimizer, data, 1)
     assert optimizer.ranks()["first"] == 6
+
+
+def test_diagnostics_hold_the_rank_in_use():
+    net = reserve(Net())
+    net.unused.requires_grad_(False)
+    optimizer = AugmentedAdam(param_groups(net))
+    found = diagnostics.snapshot(net, optimizer)["ranks"]
+    assert found == {"first": 3, "second": 3, "third": 2, "unused": 6}
 
 
 def test_transports_tell_how_much_momentum_survived_the_truncation():

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from lowrank_geo.functional import Gradient
 from lowrank_geo.optim.adam import RiemannianAdam
+from lowrank_geo.optim.augmented import AugmentedAdam, AugmentedHeavyBall
 from lowrank_geo.optim.base import RiemannianOptimizer
 from lowrank_geo.optim.filters import EMA, FSGDM, QHM, Filter
 from lowrank_geo.optim.groups import param_groups
@@ -65,6 +66,8 @@ OPTIMIZERS: dict[str, Named] = {
     "adam-scalar": Named(of(RiemannianAdam, over="matrix"), 5e-3, 2e-3),
     "adamw": Named(of(torch.optim.AdamW), 2e-3, 2e-3, gradient="factors"),
     "adavar": Named(of(RiemannianAdam, betas=(0.95, 0.975), gamma=0.975), 5e-3, 2e-3),
+    "dlrt-adam": Named(of(AugmentedAdam), 5e-3, 2e-3),
+    "dlrt-heavy-ball": Named(of(AugmentedHeavyBall), 0.1, 0.1),
     "fsgdm": Named(fsgdm, 0.1, 0.1),
     "lion": Named(of(RiemannianLion), 5e-4, 5e-4),
     "muon": Named(of(RiemannianMuon), 1e-2, 2e-3),
