@@ -3,9 +3,6 @@
     python benchmarks/optimizers.py a b e cost   # minutes; a: half an hour
     python benchmarks/optimizers.py c d          # hours
 
-    python benchmarks/optimizers.py a b e cost   # minutes; a: half an hour
-    python benchmarks/optimizers.py c d          # hours
-
 Parts: a, a quadratic on matrices of rank 5; b, a quadratic of heterogeneous blocks; c, the small language model; d,
 VGG-16 and a ViT on images; e, a survey's five methods on digits and diabetes; cost, a step against torch's AdamW. Runs
 are kept in results/ and skipped; each part prints a table and one JSON line.
