@@ -4,8 +4,10 @@ from lowrank_geo.models.cache import Cache
 from lowrank_geo.models.decoder import Decoder, DecoderConfig
 from lowrank_geo.models.mlp import MLP
 from lowrank_geo.models.momentum import MomentumStack
+from lowrank_geo.models.momentum_classifier import MomentumClassifier
 from lowrank_geo.models.presets import DECODERS, decoder
 from lowrank_geo.models.resnet import ResNet
+from lowrank_geo.models.unet import MomentumUNet
 from lowrank_geo.models.vgg import VGG, VGGConfig, vgg11, vgg16
 from lowrank_geo.models.vit import ViT, ViTConfig
 
@@ -16,7 +18,9 @@ __all__ = [
     "Cache",
     "Decoder",
     "DecoderConfig",
+    "MomentumClassifier",
     "MomentumStack",
+    "MomentumUNet",
     "ResNet",
     "VGGConfig",
     "ViT",
