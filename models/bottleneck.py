@@ -19,6 +19,7 @@ class ResidualTransformer(nn.Module):
     Raises: ValueError for a width that the heads cannot share.
     Source: Jha et al., TransNetR, arXiv 2303.07428: patches of 4, 4 heads, 2 layers.
 
+    >>> import torch
     >>> ResidualTransformer(8, Momentum(0.9, "backprop"))(torch.zeros(2, 8, 6, 5)).shape
     torch.Size([2, 8, 6, 5])
     """

@@ -18,6 +18,7 @@ class MomentumClassifier(nn.Module):
         or too small.
     Source: Biswas et al., arXiv 2408.05692; Sander et al., arXiv 2102.07870.
 
+    >>> import torch
     >>> MomentumClassifier(in_channels=1, classes=10, width=4)(torch.zeros(3, 1, 8, 8)).shape
     torch.Size([3, 10])
     """

@@ -25,6 +25,7 @@ class MomentumUNet(nn.Module):
     Source: Biswas et al., arXiv 2408.05692, which does not publish its architecture; ours is the smallest that
         fits its text.
 
+    >>> import torch
     >>> net = MomentumUNet(in_channels=1, classes=2, width=4, depth=2, blocks=1)
     >>> net(torch.zeros(3, 1, 16, 20)).shape
     torch.Size([3, 2, 16, 20])
