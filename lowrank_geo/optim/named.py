@@ -66,7 +66,7 @@ OPTIMIZERS: dict[str, Named] = {
     "adam-scalar": Named(of(RiemannianAdam, over="matrix"), 5e-3, 2e-3),
     "adamw": Named(of(torch.optim.AdamW), 2e-3, 2e-3, gradient="factors"),
     "adavar": Named(of(RiemannianAdam, betas=(0.95, 0.975), gamma=0.975), 5e-3, 2e-3),
-    "dlrt-adam": Named(of(AugmentedAdam), 5e-3, 2e-3),
+    "dlrt-adam": Named(of(AugmentedAdam), 2e-2, 2e-3),
     "dlrt-heavy-ball": Named(of(AugmentedHeavyBall), 0.1, 0.1),
     "fsgdm": Named(fsgdm, 0.1, 0.1),
     "lion": Named(of(RiemannianLion), 5e-4, 5e-4),
