@@ -13,12 +13,11 @@ from torch import Tensor
 from lowrank_geo.functional import (
     GRADIENTS,
     Gradient,
-    coordinates,
-    fold,
     no_autocast,
     once,
     refuse_forward_derivatives,
 )
+from lowrank_geo.reference import coordinates, fold
 
 
 def lowrank_embedding(

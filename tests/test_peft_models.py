@@ -293,9 +293,7 @@ def test_all_linear_leaves_out_the_head(family):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings(
-    "ignore::DeprecationWarning", "ignore:The .grad attribute:UserWarning"
-)  # torch.compile's
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # dynamo's own
 @every_family
 def test_a_compiled_model_gives_the_same_loss_and_gradients(family):
     model, inputs = wrapped(family), batch(family)

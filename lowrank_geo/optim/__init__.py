@@ -7,6 +7,7 @@ from lowrank_geo.optim.adam import RiemannianAdam
 from lowrank_geo.optim.augmented import AugmentedAdam, AugmentedHeavyBall
 from lowrank_geo.optim.base import RiemannianOptimizer
 from lowrank_geo.optim.groups import param_groups
+from lowrank_geo.optim.lora import LoRAPreconditioned
 from lowrank_geo.optim.muon import RiemannianMuon
 from lowrank_geo.optim.named import OPTIMIZERS, build
 from lowrank_geo.optim.polyak import Polyak
@@ -19,6 +20,7 @@ __all__ = [
     "OPTIMIZERS",
     "AugmentedAdam",
     "AugmentedHeavyBall",
+    "LoRAPreconditioned",
     "Polyak",
     "RiemannianAdam",
     "RiemannianLion",

@@ -18,7 +18,8 @@ except ModuleNotFoundError as error:
 
 from lowrank_geo.peft.config import FixedRankConfig
 from lowrank_geo.peft.initial import collect_gradients
-from lowrank_geo.peft.lora import export_lora, import_lora
+from lowrank_geo.peft.lora_export import export_lora
+from lowrank_geo.peft.lora_import import import_lora
 from lowrank_geo.peft.model import FixedRankModel
 from lowrank_geo.peft.register import register
 from lowrank_geo.peft.training import RankCallback, optimizer_for

@@ -23,20 +23,20 @@ class Blocks(NamedTuple):
         Shapes: (m, n) -> (b, m / b, n).
         Raises: ValueError for a pattern that does not split m rows into equal blocks.
         """
+        sides = self._sides()
+        if [len(side) for side in sides] != [2, 3] or sides[0][1] != sides[1][2]:
+            raise ValueError(
+                f"`block_patterns` needs a pattern 'rows n -> blocks rows n' that leaves the inputs whole, got "
+                f"{self.pattern!r}. Please split the rows only."
+            )
         try:
-            found = rearrange(W, self.pattern, **self.sizes)
+            return rearrange(W, self.pattern, **self.sizes)
         except EinopsError as error:
             reason = " ".join(str(error).split())
             raise ValueError(
                 f"`block_patterns` needs a pattern that fits a matrix of shape {tuple(W.shape)}, got "
                 f"{self.pattern!r} with sizes {self.sizes} ({reason}). Please check the pattern and its sizes."
             ) from error
-        if found.dim() != 3 or found.shape[-1] != W.shape[1]:
-            raise ValueError(
-                f"`block_patterns` needs a pattern 'rows n -> blocks rows n' that leaves the inputs whole, got "
-                f"{self.pattern!r}, which makes {tuple(found.shape)} of {tuple(W.shape)}. Please split the rows only."
-            )
-        return found
 
     def join_rows(self, blocks: Tensor) -> Tensor:
         """The matrix with these blocks.
@@ -51,18 +51,9 @@ class Blocks(NamedTuple):
 
         Shapes: (b, ..., m / b) -> (..., m).
         """
-        left, right = (side.strip() for side in self.pattern.split("->"))
-        rows, block, inner = _rows(left), *_block(right)
+        (rows, _), (block, inner, _) = self._sides()
         return rearrange(outputs, f"{block} ... {inner} -> ... {rows}", **self.sizes)
 
-
-AXIS = r"(\([^()]*\)|\S+)"
-
-
-def _rows(left: str) -> str:
-    return re.findall(AXIS, left)[0]
-
-
-def _block(right: str) -> tuple[str, str]:
-    block, inner, _ = re.findall(AXIS, right)
-    return block, inner
+    def _sides(self) -> list[list[str]]:
+        """The axes on both sides, those in parentheses as one."""
+        return [re.findall(r"\([^()]*\)|[^\s()]+", side) for side in self.pattern.split("->")]

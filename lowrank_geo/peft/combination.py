@@ -17,8 +17,8 @@ COMBINATIONS = ("svd", "cat")
 def weighted_sum(points: Sequence[Point], weights: Sequence[float], rank: int | None) -> Point:
     """Σ wᵢ Uᵢ Sᵢ Vᵢᵀ: the nearest matrix of rank `rank`, or exact with the sum of the ranks for None.
 
-    Shapes: points of one (m, n) and any ranks -> `Point`.
-    Error:  a few roundings of the largest term; frames of rank above min(m, n) are cut to it, which loses nothing.
+    Shapes: points of one (m, n) and any ranks, U and V need not be orthonormal -> `Point`.
+    Error:  a few roundings of the largest term; ranks above min(m, n) are cut to it, which loses nothing.
 
     >>> from lowrank_geo.geometry import random, to_dense
     >>> a, b = random(8, 6, 2), random(8, 6, 1)
@@ -30,7 +30,7 @@ def weighted_sum(points: Sequence[Point], weights: Sequence[float], rank: int | 
     Q_u, R_u = torch.linalg.qr(torch.cat([p.U for p in points], 1))
     Q_v, R_v = torch.linalg.qr(torch.cat([p.V for p in points], 1))
     P, sigma, Qt = torch.linalg.svd(R_u @ core @ R_v.mT, full_matrices=False)
-    r = len(core) if rank is None else rank
+    r = len(sigma) if rank is None else rank
     return Point((Q_u @ P)[:, :r], torch.diag(sigma[:r]), (Q_v @ Qt.mT)[:, :r])
 
 

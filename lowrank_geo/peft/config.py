@@ -69,6 +69,8 @@ class FixedRankConfig(PeftConfig):
     )
 
     def __post_init__(self) -> None:
+        # Of the file that this was read with; no field, so that it is not saved.
+        self.stored_shapes: dict[str, tuple[int, ...]] = {}
         super().__post_init__()
         self.peft_type = method_type()
         self.target_modules = as_set(self.target_modules)
@@ -126,7 +128,8 @@ class FixedRankConfig(PeftConfig):
         Raises: ValueError if the file is damaged or its shapes are not those of the configuration.
         """
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
-        check_stored(Path(pretrained_model_name_or_path, subfolder or ""), config)
+        folder = Path(pretrained_model_name_or_path, subfolder or "")
+        config.stored_shapes = check_stored(folder, config)
         return config
 
 

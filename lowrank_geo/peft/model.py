@@ -15,6 +15,7 @@ from lowrank_geo.peft.layer import Adapter, FixedRankLayer, layer_class
 from lowrank_geo.peft.parameter import ParamWrapper
 from lowrank_geo.peft.quantized import quantization_of
 from lowrank_geo.peft.register import PREFIX
+from lowrank_geo.peft.stored import check_base
 
 
 class FixedRankModel(BaseTuner):
@@ -22,12 +23,13 @@ class FixedRankModel(BaseTuner):
 
     prefix = PREFIX
     tuner_layer_cls = FixedRankLayer
-    target_module_mapping: Any = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
         """As in PEFT, but an adapter that cannot be made leaves the model as it was."""
+        check_base(model, self.peft_config[adapter_name].stored_shapes)
         flags = [(p, p.requires_grad) for p in model.parameters()]
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -39,7 +41,7 @@ class FixedRankModel(BaseTuner):
 
     def _create_and_replace(
         self,
-        peft_config: Any,
+        peft_config: FixedRankConfig,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -52,7 +54,7 @@ class FixedRankModel(BaseTuner):
             if isinstance(target, ParamWrapper) and target.parameter_name == parameter_name:
                 target.add(adapter)
                 return
-            new: Any = ParamWrapper(target, adapter, parameter_name)
+            new: nn.Module = ParamWrapper(target, adapter, parameter_name)
         elif isinstance(target, FixedRankLayer):
             target.add(adapter)
             return
@@ -60,8 +62,16 @@ class FixedRankModel(BaseTuner):
             base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
             new = layer_class(base)(target, adapter, **quantization_of(self.model))
         if adapter_name not in self.active_adapters:
-            new.fixed_rank_delta.requires_grad_(False)
+            new.fixed_rank_delta.requires_grad_(False)  # type: ignore[operator, union-attr]
         self._replace_module(parent, target_name, new, target)
+
+    def _replace_module(
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
+    ) -> None:
+        if isinstance(child, ParamWrapper) and not isinstance(new_module, ParamWrapper):
+            setattr(parent, child_name, new_module)  # PEFT looks for a weight to hand back
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

@@ -118,8 +118,7 @@ class ParamWrapper(FixedRankLayer):
 
     def _path(self) -> str:
         """The parameter as the wrapped module calls it, through the wrappers between."""
-        path: str = self.parameter_name
-        module: Any = self.base_layer
+        path, module = self.parameter_name, self.base_layer
         while hasattr(module, "base_layer"):
             path, module = f"base_layer.{path}", module.base_layer
         return path

@@ -1,20 +1,17 @@
-"""Adapters in Hugging Face's Trainer: its optimizer, and what to log."""
+"""Optimizers of this package in Hugging Face's Trainer, and the ranks and spectra in its logs."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback
 
-from lowrank_geo.diagnostics import singular_values
-from lowrank_geo.layers import LowRankLayer
+from lowrank_geo.diagnostics import drift, singular_values
+from lowrank_geo.layers import LowRankLayer, lowrank_layers
 from lowrank_geo.optim import OPTIMIZERS, param_groups
-from lowrank_geo.peft.layer import FixedRankLayer
 
-# Trained as a whole and new to the model: at the rate of embeddings and heads, not of matrices.
-WHOLE = ("lm_head", "embed", "modules_to_save")
+HEADS = ("lm_head", "embed", "classifier", "score", "pooler", "modules_to_save")
 
 
 def optimizer_for(
@@ -26,23 +23,25 @@ def optimizer_for(
     weight_decay: float = 0.0,
     total_steps: int | None = None,
 ) -> tuple[type[Optimizer], dict[str, Any]]:
-    """The optimizer called `name` for `Trainer(optimizer_cls_and_kwargs=...)`, with whole triples in its groups.
+    """What Trainer takes as `optimizer_cls_and_kwargs`: the optimizer `name` on the trained parameters of a model.
 
-    The Trainer's own lists of decayed and undecayed parameters would tear U, S and V apart. Its learning rate and
-    weight decay are not read: those given here are, and its schedule multiplies them.
+    Trainer's own groups, decayed and not, would tear triples apart. Rates and weight decay are these here, those of
+    the training arguments are not read; the schedule is. New heads and other saved modules are Euclidean.
 
-    Args: lr: of the adapters. euclidean_lr: of modules that are saved as a whole, and of biases. None for the
-        defaults of the method. total_steps: length of the run, for "fsgdm".
-    Raises: ValueError for an unknown name, for Polyak steps, which need the loss, and for a model in which nothing is
-        trained.
+    Args: name: one of `lowrank_geo.optim.OPTIMIZERS`. lr, euclidean_lr: of the adapters, of the rest; None for the
+        method's own. total_steps: of the run, for "fsgdm".
+    Raises: ValueError for an unknown name, a model without trained parameters, and Polyak's step sizes, which need the
+        loss that Trainer keeps to itself.
     """
     if name not in OPTIMIZERS:
-        names = ", ".join(sorted(OPTIMIZERS))
-        raise ValueError(f"optimizer_for needs one of {names}, got {name!r}; use one of them")
-    if "polyak" in name:
+        known = ", ".join(sorted(OPTIMIZERS))
         raise ValueError(
-            f"optimizer_for needs an optimizer that steps without the loss, got {name!r}, and the Trainer passes none; "
-            "use 'schedule-free-adam'"
+            f"optimizer_for needs name to be one of {known}, got {name!r}; use one of them"
+        )
+    if name.endswith("-polyak"):
+        raise ValueError(
+            f"optimizer_for needs an optimizer that steps without the loss, got {name!r}; Trainer does not pass it on, "
+            "train with your own loop"
         )
     named = OPTIMIZERS[name]
     groups = param_groups(
@@ -50,85 +49,70 @@ def optimizer_for(
         lr=named.lr if lr is None else lr,
         euclidean_lr=named.euclidean_lr if euclidean_lr is None else euclidean_lr,
         weight_decay=weight_decay,
-        dense=WHOLE,
+        dense=HEADS,
         gradient=named.gradient,
     )
     if not groups:
         raise ValueError(
-            "optimizer_for needs a model with parameters to train, got none; wrap it with get_peft_model first"
+            "optimizer_for needs a model with trained parameters, got none; load the adapter with is_trainable=True"
         )
 
-    return class_for(name, lambda params: named.make(params, total_steps)), {"params": groups}
+    def make(cls: type, params: list[dict[str, Any]], **settings: Any) -> Optimizer:
+        return named.make(params, total_steps)
 
-
-def class_for(name: str, build: Callable[[Any], Optimizer]) -> type[Optimizer]:
-    """A class whose call is `build`: what is no class of optimizers, the Trainer takes for its own factory."""
-
-    def new(cls: type, params: Any) -> Optimizer:
-        return build(params)
-
-    return type(name, (Optimizer,), {"__new__": new})
+    # Trainer tells optimizers from factories by their being classes; what this class makes is the optimizer itself.
+    return type(f"Trainer[{name}]", (Optimizer,), {"__new__": make}), {"params": groups}
 
 
 class RankCallback(TrainerCallback):
-    """Adds to every log of the Trainer how large the changes are and how many ranks they use.
+    """Adds to each log of Trainer what the adapters' spectra say; whole spectra are kept in `history`.
 
-    `adapter_norm` is |ΔW| over all layers, `adapter_rank` the mean over layers of the effective rank (|σ|₁/|σ|₂)²,
-    between 1 and r, and 0 for ΔW = 0. With `layers=True` each layer's own follow, by name.
+    rank/stable: |S|_F² / |S|₂², the mean over layers. rank/largest, rank/smallest: extreme singular values of ΔW over
+    layers. rank/drift: the largest entry of |UᵀU − I| and |VᵀV − I|. Waits for the device, at logs only.
 
-    Source: effective rank, Rudelson & Vershynin's numerical rank in the form of (trace norm / Frobenius norm)².
+    Args: every: logs between two records.
     """
 
-    def __init__(self, *, layers: bool = False) -> None:
-        self.layers = layers
+    def __init__(self, *, every: int = 1) -> None:
+        self.every, self.count = every, 0
+        self.history: list[dict[str, Any]] = []
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        model: nn.Module | None = None,
-        **kwargs: Any,
-    ) -> None:
-        found = {} if model is None else sizes_of_changes(model, layers=self.layers)
-        if logs is not None:
-            logs.update(found)
-        if state.log_history:
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called by Trainer; loss and rate are in the same line."""
+        logs, model = kwargs.get("logs"), kwargs.get("model")
+        self.count += 1
+        if logs is None or model is None or (self.count - 1) % self.every:
+            return
+        trained = trained_layers(model)
+        if not trained:
+            return
+        spectra = singular_values({key: layer.S.detach() for key, layer in trained.items()})
+        found = summary(spectra) | {"rank/drift": deviation(trained)}
+        self.history.append({"step": state.global_step, "spectra": spectra, **found})
+        logs.update(found)
+        if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(found)
 
 
-@torch.no_grad()
-def sizes_of_changes(model: nn.Module, *, layers: bool = False) -> dict[str, float]:
-    """|ΔW| and effective ranks of the active adapters; see `RankCallback`."""
-    cores = {}
-    for name, module in model.named_modules():
-        if not isinstance(module, FixedRankLayer):
-            continue
-        for adapter in module.active_adapters:
-            for index, triple in enumerate(module.triples(adapter)):
-                cores[f"{name}.{index}"] = module.fixed_rank_scale[adapter] * core_of(triple)
-    if not cores:
-        return {}
-    spectra = singular_values(cores)
-    sizes = {name: float(s.norm()) for name, s in spectra.items()}
-    ranks = {
-        name: float((s.sum() / s.norm()) ** 2) if sizes[name] > 0 else 0.0
-        for name, s in spectra.items()
-    }
-    total = sum(size**2 for size in sizes.values()) ** 0.5
-    found = {"adapter_norm": total, "adapter_rank": sum(ranks.values()) / len(ranks)}
-    if layers:
-        found |= {f"adapter_rank/{name}": rank for name, rank in ranks.items()}
-    return found
+def trained_layers(model: nn.Module) -> dict[str, LowRankLayer]:
+    """The low-rank layers that are trained, by name."""
+    return {key: layer for key, layer in lowrank_layers(model) if layer.S.requires_grad}
 
 
-@torch.no_grad()
-def core_of(triple: LowRankLayer) -> torch.Tensor:
-    """S as it is with orthonormal frames, whose singular values are those of U S Vᵀ.
+def summary(spectra: dict[str, Tensor]) -> dict[str, float]:
+    """Mean stable rank and extreme singular values.
 
-    Shapes: -> (r, r).
+    Shapes: each (r), descending.
     """
-    R_u = torch.linalg.qr(triple.U)[1]
-    R_v = torch.linalg.qr(triple.V)[1]
-    return R_u @ triple.S @ R_v.mT
+    squares = [(s.square().sum(), s[0].square()) for s in spectra.values()]
+    stable = [float(total / top) if top > 0 else 0.0 for total, top in squares]
+    return {
+        "rank/stable": sum(stable) / len(stable),
+        "rank/largest": max(float(s[0]) for s in spectra.values()),
+        "rank/smallest": min(float(s[-1]) for s in spectra.values()),
+    }
+
+
+def deviation(trained: dict[str, LowRankLayer]) -> float:
+    """The largest drift of a frame."""
+    return float(torch.stack([drift((x.U, x.V)).cpu() for x in trained.values()]).max())
