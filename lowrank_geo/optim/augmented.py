@@ -29,8 +29,8 @@ class AugmentedAdam(AugmentedOptimizer):
         tolerance: τ. min_rank, max_rank: bounds of the rank after truncation; None for half the width of the factors,
         rounded up. every_batch: the augmenting batch takes the first of the core steps, too, with the blocks of the
         gradient that it knows. second, age: "square-root" and False as published; "mixed" and True are the rules that
-        are right for uncorrelated entries, with a wider window of learning rates.
-    Units: at lr 1 no entry of S moves by more than about 1.
+        are right for uncorrelated entries.
+    Units: at lr 1 entries of S move by about 1 a step; without `age`, those just augmented by (1−β₁)/√(1−β₂) = 3.2.
     Raises: ValueError for numbers out of range.
     Source: Schotthöfer, Yang & Schnake, arXiv 2505.08022, algorithm 1, table 8 (defaults) and code; the same method for
         momentum in Schotthöfer, Klein & Kusch, arXiv 2506.17475.
