@@ -58,8 +58,8 @@ def to_momentum(
     built = {name: grouped(stage, gamma, mode) for name, stage in found.items()}
     for name, parts in built.items():  # only when all of them could be built
         parent, _, child = name.rpartition(".")
-        kind = nn.Sequential if isinstance(found[name], nn.Sequential) else nn.ModuleList
-        new = kind(*parts) if kind is nn.Sequential else kind(parts)
+        sequential = isinstance(found[name], nn.Sequential)
+        new = nn.Sequential(*parts) if sequential else nn.ModuleList(parts)
         setattr(model.get_submodule(parent), child, new)
     return model
 
@@ -98,7 +98,7 @@ def grouped(stage: Iterable[nn.Module], gamma: float, mode: Mode) -> list[nn.Mod
 
 def keeps_shape(block: nn.Module) -> bool:
     """Whether the shortcut of a residual block is the identity: no `downsample`, `stride` or `padding` of channels."""
-    strides = getattr(block, "stride", 1)
+    strides: Any = getattr(block, "stride", 1)
     strides = strides if isinstance(strides, tuple) else (strides,)
     moved = getattr(block, "downsample", None) is not None or getattr(block, "padding", 0)
     return not moved and all(stride == 1 for stride in strides)

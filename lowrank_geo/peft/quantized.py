@@ -8,7 +8,7 @@ from torch import Tensor, nn
 try:  # PEFT 0.21 made one place of its quantisation back-ends
     from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
 except ImportError:
-    get_quantization_kwargs = resolve_quantization_backend = None
+    get_quantization_kwargs = resolve_quantization_backend = None  # type: ignore[assignment]
 
 
 def backend_of(base: nn.Module, **quantization: Any) -> Any:

@@ -29,7 +29,7 @@ def method_type() -> Any:
             f"lowrank_geo.peft needs PeftType to be an enum with {', '.join(TABLES)}, got {PeftType!r}; "
             "install another version of peft"
         )
-    member = str.__new__(PeftType, NAME)
+    member: Any = str.__new__(PeftType, NAME)
     member._name_, member._value_ = NAME, NAME
     member.__objclass__ = PeftType
     member._sort_order_ = len(PeftType.__members__)
