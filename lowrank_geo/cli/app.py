@@ -1,4 +1,4 @@
-"""The four commands."""
+"""The commands."""
 
 from itertools import count
 from pathlib import Path
@@ -9,6 +9,7 @@ import typer
 from lowrank_geo.cli.display import Display
 from lowrank_geo.cli.options import config_options, given
 from lowrank_geo.cli.refusals import refusals
+from lowrank_geo.finetune.config import FinetuneConfig
 from lowrank_geo.generation import continue_text
 from lowrank_geo.train.config import TrainConfig
 from lowrank_geo.train.parts import load_model, plan_of
@@ -99,3 +100,27 @@ def generate_command(
         model, tokenizer = load_model(run)
         sampling = {"count": tokens, "temperature": temperature, "top_k": top_k, "seed": seed}
         typer.echo(continue_text(model, tokenizer, prompt, **sampling))
+
+
+@app.command("finetune")
+@config_options(of=FinetuneConfig)
+def finetune_command(
+    *,
+    out: Annotated[Path | None, typer.Option(help="Folder for adapter and result.")] = None,
+    method: Annotated[str, typer.Option(help="fixed-rank, lora, dora, ...")] = "fixed-rank",
+    compare: Annotated[
+        str | None, typer.Option(help="Methods to compare fixed-rank with, e.g. lora,dora,adalora.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Seeds of each method compared.")] = 3,
+    debug: Debug = False,
+    **options: Any,
+) -> None:
+    """Fine-tune a Hugging Face model with adapters of fixed rank, or compare methods in one table."""
+    from lowrank_geo.cli.finetune import run_comparison, run_once
+
+    with refusals(debug):
+        config = FinetuneConfig(**options)
+        if compare is None:
+            run_once(config, out, method)
+        else:
+            run_comparison(config, out, [method, *compare.split(",")], seeds)

@@ -1,4 +1,4 @@
-"""The fields of `TrainConfig` as options, so that names, defaults and help are written once."""
+"""The fields of a configuration as options, so that names, defaults and help are written once."""
 
 import dataclasses
 from collections.abc import Callable
@@ -12,9 +12,9 @@ from lowrank_geo.train.config import TrainConfig
 Command = Callable[..., None]
 
 
-def config_options(*names: str) -> Callable[[Command], Command]:
-    """Give a command, which takes them as **options, one option for each field named, or for all fields."""
-    hints = get_type_hints(TrainConfig)
+def config_options(*names: str, of: Any = TrainConfig) -> Callable[[Command], Command]:
+    """Give a command, which takes them as **options, one option for each field named of a dataclass, or for all."""
+    hints = get_type_hints(of)
     added = [
         Parameter(
             field.name,
@@ -22,7 +22,7 @@ def config_options(*names: str) -> Callable[[Command], Command]:
             default=typer.Option(field.default, help=field.metadata["help"]),
             annotation=hints[field.name],
         )
-        for field in dataclasses.fields(TrainConfig)
+        for field in dataclasses.fields(of)
         if not names or field.name in names
     ]
 

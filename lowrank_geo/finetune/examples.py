@@ -1,0 +1,99 @@
+"""Examples to fine-tune on: texts with labels, or texts alone, split into train and held out."""
+
+import csv
+import json
+import random
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lowrank_geo.data.hub import PREFIX, parse_address
+from lowrank_geo.finetune.docstrings import docstring_examples
+
+HELD_OUT = 0.25
+TASKS = ("seq-cls", "causal-lm")
+
+
+class Examples(NamedTuple):
+    """Texts with the index of their label, -1 for none."""
+
+    train: list[tuple[str, int]]
+    held_out: list[tuple[str, int]]
+    labels: list[str]
+
+
+def load_examples(data: str | None, task: str) -> Examples:
+    """The examples of a source, a quarter of them held out; the same call gives the same split.
+
+    Args: data: None for docstrings of the standard library labelled by module; a .jsonl or .csv file with the fields
+        "text" and, to classify, "label"; a .txt file with a text on each line; `hf:NAME[:CONFIG][@SPLIT]`.
+    Raises: ValueError for an unknown task or a source without the fields or with fewer than two labels.
+    """
+    if task not in TASKS:
+        raise ValueError(
+            f"task needs to be one of {', '.join(TASKS)}, got {task!r}; use one of them"
+        )
+    rows = (
+        docstring_examples() if data is None else list(read_rows(data, labelled=task == "seq-cls"))
+    )
+    labels = sorted({label for _, label in rows}) if task == "seq-cls" else []
+    if task == "seq-cls" and len(labels) < 2:
+        raise ValueError(
+            f"seq-cls needs two labels or more, got {len(labels)} in {data!r}; give other data"
+        )
+    index = {label: i for i, label in enumerate(labels)}
+    pairs = [(text, index.get(label, -1)) for text, label in rows]
+    random.Random(1).shuffle(pairs)
+    count = max(1, int(len(pairs) * HELD_OUT))
+    if len(pairs) <= count:
+        raise ValueError(
+            f"fine-tuning needs two examples or more, got {len(pairs)} in {data!r}; give more"
+        )
+    return Examples(pairs[count:], pairs[:count], labels)
+
+
+def read_rows(data: str, *, labelled: bool) -> Iterable[tuple[str, str]]:
+    """(text, label) of every row, "" for no label.
+
+    Raises: ValueError for a row without the fields, and for kinds of files that are not known.
+    """
+    if data.startswith(PREFIX):
+        rows: Iterable[dict[str, Any]] = hub_rows(data)
+    else:
+        path = Path(data)
+        if path.suffix == ".txt":
+            rows = ({"text": line} for line in path.read_text("utf-8").splitlines() if line.strip())
+        elif path.suffix == ".jsonl":
+            rows = (
+                json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()
+            )
+        elif path.suffix == ".csv":
+            with path.open(newline="", encoding="utf-8") as file:
+                rows = list(csv.DictReader(file))
+        else:
+            raise ValueError(
+                f"--data needs a .jsonl, .csv or .txt file or {PREFIX}NAME, got {data!r}; convert the file"
+            )
+    wanted = ("text", "label") if labelled else ("text",)
+    for number, row in enumerate(rows, 1):
+        if missing := [
+            name for name in wanted if not isinstance(row, dict) or row.get(name) is None
+        ]:
+            raise ValueError(
+                f"row {number} of {data!r} needs {missing[0]!r}, got none; add the field to every row"
+            )
+        yield str(row["text"]), str(row["label"]) if labelled else ""
+
+
+def hub_rows(data: str) -> Iterable[dict[str, Any]]:
+    """The rows of a dataset of the hub; code that comes with it is never run."""
+    import datasets
+
+    address = parse_address(data)
+    try:
+        return datasets.load_dataset(address.name, address.config, split=address.split)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)[:200]
+        raise ValueError(
+            f"--data needs a dataset that can be read, got {data!r} ({reason}); check the name and the network"
+        ) from error

@@ -1,0 +1,217 @@
+"""One fine-tuning run with Hugging Face's Trainer, and a table of several methods."""
+
+import gc
+import json
+import math
+import tempfile
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    PrinterCallback,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from lowrank_geo.finetune.config import FinetuneConfig, model_path
+from lowrank_geo.finetune.examples import Examples, load_examples
+from lowrank_geo.finetune.memory import peak_bytes, reset_peak
+from lowrank_geo.finetune.methods import Allocation, method_named
+from lowrank_geo.peft import RankCallback, export_lora
+
+TASK_TYPES = {"seq-cls": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}
+
+
+class Tokens(Dataset):
+    """Tokenised examples; for language models the labels are the tokens themselves."""
+
+    def __init__(self, rows: list[tuple[str, int]], tokenizer: Any, config: FinetuneConfig) -> None:
+        texts = [text for text, _ in rows]
+        found = tokenizer(texts, truncation=True, max_length=config.length)
+        self.rows = [
+            {"input_ids": ids, "attention_mask": mask}
+            for ids, mask in zip(found["input_ids"], found["attention_mask"], strict=True)
+        ]
+        if config.task == "seq-cls":
+            for row, (_, label) in zip(self.rows, rows, strict=True):
+                row["labels"] = label
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.rows[index]
+
+
+class Collator:
+    """Pads a batch; for language models padding is no target."""
+
+    def __init__(self, tokenizer: Any, task: str) -> None:
+        self.pad, self.task = DataCollatorWithPadding(tokenizer), task
+
+    def __call__(self, rows: list[dict[str, Any]]) -> Any:
+        batch = self.pad(rows)
+        if self.task == "causal-lm":
+            batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        return batch
+
+
+def base_model(config: FinetuneConfig, examples: Examples) -> tuple[nn.Module, Any]:
+    """The pre-trained model, with a new head if the task needs one, and its tokenizer. Code of a hub is never run."""
+    path = model_path(config.model)
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    settings: dict[str, Any] = {"trust_remote_code": False, "use_safetensors": True}
+    if config.task == "causal-lm":
+        return AutoModelForCausalLM.from_pretrained(path, **settings), tokenizer
+    settings["num_labels"] = len(examples.labels)
+    model = AutoModelForSequenceClassification.from_pretrained(path, **settings)
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return model, tokenizer
+
+
+def accuracy(prediction: Any) -> dict[str, float]:
+    """The share of examples whose largest logit is that of their label."""
+    logits, labels = torch.as_tensor(prediction.predictions), torch.as_tensor(prediction.label_ids)
+    return {"accuracy": (logits.argmax(-1) == labels).float().mean().item()}
+
+
+def finetune(
+    config: FinetuneConfig,
+    out: Path | None = None,
+    *,
+    method: str = "fixed-rank",
+    examples: Examples | None = None,
+) -> dict[str, Any]:
+    """Fine-tune, evaluate on held-out examples, and save adapter and result in `out` if it is given.
+
+    Returns "loss" and "accuracy" on held-out examples, or "loss" alone for language models, "trained" and "total"
+    parameters, "samples_per_second", and "peak_memory" in bytes. A fixed-rank adapter is also saved as plain LoRA.
+
+    Raises: ValueError for unknown methods, tasks and optimizers, and data or adapters that do not fit.
+    """
+    chosen = method_named(method)
+    if out is not None and out.exists() and any(out.iterdir()):
+        raise ValueError(f"finetune needs an empty folder for --out, got {out}; name another")
+    examples = load_examples(config.data, config.task) if examples is None else examples
+    set_seed(config.seed)
+    model, tokenizer = base_model(config, examples)
+    model = chosen.wrap(model, config, TASK_TYPES[config.task])
+    optimizer = chosen.make(model, config, chosen.lr if config.lr is None else config.lr)
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = Trainer(
+            model,
+            arguments(config, scratch),
+            data_collator=Collator(tokenizer, config.task),
+            train_dataset=Tokens(examples.train, tokenizer, config),
+            eval_dataset=Tokens(examples.held_out, tokenizer, config),
+            compute_metrics=accuracy if config.task == "seq-cls" else None,
+            optimizers=(optimizer, None),
+            callbacks=[Allocation(), RankCallback()],
+        )
+        trainer.remove_callback(PrinterCallback)  # the log is in `out`, and the result is returned
+        reset_peak()
+        speed = trainer.train().metrics["train_samples_per_second"]
+        memory = peak_bytes()
+        scores = trainer.evaluate()
+    result = {
+        "method": method,
+        **{key: scores[f"eval_{key}"] for key in ("loss", "accuracy") if f"eval_{key}" in scores},
+        "trained": count(p for p in model.parameters() if p.requires_grad),
+        "total": count(model.parameters()),
+        "samples_per_second": speed,
+        "peak_memory": memory,
+    }
+    if out is not None:
+        save(
+            model,
+            tokenizer,
+            out,
+            method,
+            {**result, "config": asdict(config)},
+            trainer.state.log_history,
+        )
+    return result
+
+
+def arguments(config: FinetuneConfig, scratch: str) -> TrainingArguments:
+    """Trainer's settings; the rates are those of the optimizer."""
+    return TrainingArguments(
+        output_dir=scratch,
+        per_device_train_batch_size=config.batch,
+        per_device_eval_batch_size=64,
+        max_steps=config.steps,
+        warmup_steps=max(1, config.steps // 20),
+        lr_scheduler_type="cosine",
+        logging_steps=max(1, config.steps // 10),
+        save_strategy="no",
+        report_to=[],
+        seed=config.seed,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        log_level="error",
+    )
+
+
+def count(parameters: Any) -> int:
+    """How many numbers parameters hold."""
+    return sum(p.numel() for p in parameters)
+
+
+def save(
+    model: Any,
+    tokenizer: Any,
+    out: Path,
+    method: str,
+    result: dict[str, Any],
+    logs: list[dict[str, Any]],
+) -> None:
+    """Write the adapter, the same as plain LoRA, the tokenizer, and what was measured."""
+    model.save_pretrained(out / "adapter")
+    tokenizer.save_pretrained(out / "adapter")
+    if method == "fixed-rank":
+        export_lora(model, out / "lora")
+    (out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    (out / "log.jsonl").write_text("".join(json.dumps(plain(line)) + "\n" for line in logs))
+
+
+def plain(line: dict[str, Any]) -> dict[str, Any]:
+    """A line of the log in numbers that JSON has."""
+    found = {
+        key: value.item() if isinstance(value, Tensor) else value for key, value in line.items()
+    }
+    return {
+        k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in found.items()
+    }
+
+
+def compare(
+    config: FinetuneConfig, methods: list[str], seeds: int, *, report: Any = None
+) -> list[dict[str, Any]]:
+    """The results of several methods, each with seeds 0, 1, ... and its own learning rate unless one is set.
+
+    `report(result)` is called after each run.
+    """
+    for name in methods:
+        method_named(name)
+    examples = load_examples(config.data, config.task)
+    found = []
+    for name in methods:
+        for seed in range(config.seed, config.seed + seeds):
+            gc.collect()
+            result = finetune(replace(config, seed=seed), method=name, examples=examples)
+            found.append({**result, "seed": seed})
+            if report is not None:
+                report(found[-1])
+    return found

