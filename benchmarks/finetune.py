@@ -1,0 +1,218 @@
+"""Adapters at equal rank: fixed rank with every optimizer against LoRA and its variants, on two tasks.
+
+    python benchmarks/finetune.py digits --quick      # r = 8, one seed in the finals, minutes
+    python benchmarks/finetune.py digits              # r = 4, 8, 16, 32, three seeds
+    python benchmarks/finetune.py docstrings --quick  # needs lowrank-geo[demo]; hours on 2 cores without --quick
+
+digits: a small ViT pre-trained on the digits 0 to 4 of scikit-learn, fine-tuned on 5 to 9 with a new head. docstrings:
+the MiniLM encoder, which module of the standard library a docstring comes from. Every method has a grid of learning
+rates of ratio 2, grown until its best is inside. Runs are kept in results/ and skipped. Ends with one JSON line.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from protocol import Row, Run, Store, environment, geometric, sweep, table
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from transformers import ViTConfig, ViTForImageClassification
+
+from lowrank_geo.finetune.config import FinetuneConfig
+from lowrank_geo.finetune.memory import peak_bytes, reset_peak
+from lowrank_geo.finetune.methods import METHODS
+
+OPTIMIZERS = ("muon", "muon-product", "adam", "sgd", "lion", "qhadam")
+BASELINES = tuple(name for name in METHODS if name != "fixed-rank")
+FIRST = {
+    "muon": 5e-3,
+    "muon-product": 0.04,
+    "sgd": 0.125,
+    "lion": 1e-3,
+    "full": 2.5e-4,
+}  # first rate of the grid where 2.5e-3 is far off
+RANKS, QUICK_RANKS = (4, 8, 16, 32), (8,)
+
+
+class Digits(NamedTuple):
+    """Images (N, 1, 8, 8) and labels (N)."""
+
+    x: Tensor
+    y: Tensor
+
+
+@cache
+def digits(upper: bool) -> tuple[Digits, Digits]:
+    """Training and held-out images of the digits 5 to 9, or 0 to 4; labels 0 to 4."""
+    source = load_digits()
+    x = torch.tensor(source.images, dtype=torch.float32)[:, None] / 8 - 1
+    y = torch.tensor(source.target)
+    chosen = ((y >= 5) == upper).nonzero()[:, 0]
+    chosen = chosen[torch.randperm(len(chosen), generator=torch.Generator().manual_seed(0))]
+    held_out, train = chosen[:300], chosen[300:]
+    # 100 to learn from: with all of them every method is right on every image.
+    train = train[:100] if upper else train
+    return Digits(x[train], y[train] % 5), Digits(x[held_out], y[held_out] % 5)
+
+
+def small_vit(seed: int) -> ViTForImageClassification:
+    torch.manual_seed(seed)
+    return ViTForImageClassification(
+        ViTConfig(
+            hidden_size=64,
+            intermediate_size=128,
+            num_attention_heads=4,
+            num_hidden_layers=3,
+            image_size=8,
+            patch_size=2,
+            num_channels=1,
+            num_labels=5,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )
+    )
+
+
+@cache
+def pretrained() -> dict[str, Tensor]:
+    """The weights after 300 steps of AdamW on the digits 0 to 4."""
+    model, (train, _) = small_vit(0), digits(False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for _ in range(300):
+        rows = torch.randint(0, len(train.y), (64,))
+        optimizer.zero_grad()
+        F.cross_entropy(model(train.x[rows]).logits, train.y[rows]).backward()
+        optimizer.step()
+    return model.state_dict()
+
+
+def compute_digits(method: str, optimizer: str, r: int, quick: bool, run: Run) -> dict[str, Any]:
+    """Fine-tune for 60 steps of 32; "loss" is that of held-out images."""
+    model = small_vit(run.seed)
+    new_head = model.classifier.state_dict()
+    model.load_state_dict(pretrained())
+    model.classifier.load_state_dict(new_head)
+    steps = 60
+    config = FinetuneConfig(r=r, optimizer=optimizer, steps=steps, euclidean_lr=2e-3, seed=run.seed)
+    torch.manual_seed(run.seed)
+    wrapped = METHODS[method].wrap(model, config, "SEQ_CLS")
+    chosen = METHODS[method].make(wrapped, config, run.lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(chosen, steps)
+    (train, held_out), draw = digits(True), torch.Generator().manual_seed(run.seed)
+    reset_peak()
+    start = time.perf_counter()
+    for step in range(steps):
+        rows = torch.randint(0, len(train.y), (32,), generator=draw)
+        loss = F.cross_entropy(wrapped(pixel_values=train.x[rows]).logits, train.y[rows])
+        loss.backward()
+        nn.utils.clip_grad_norm_(wrapped.parameters(), 1.0)
+        chosen.step()
+        prune = getattr(getattr(wrapped, "base_model", None), "update_and_allocate", None)
+        if prune is not None:
+            prune(step)
+        chosen.zero_grad()
+        schedule.step()
+    seconds, memory = time.perf_counter() - start, peak_bytes()
+    with torch.no_grad():
+        logits = wrapped.eval()(pixel_values=held_out.x).logits
+    return {
+        "loss": F.cross_entropy(logits, held_out.y).item(),
+        "accuracy": (logits.argmax(1) == held_out.y).float().mean().item(),
+        "trained": sum(p.numel() for p in wrapped.parameters() if p.requires_grad),
+        "samples_per_second": 32 * steps / seconds,
+        "peak_memory": memory,
+    }
+
+
+def compute_docstrings(
+    method: str, optimizer: str, r: int, quick: bool, run: Run
+) -> dict[str, Any]:
+    """Fine-tune MiniLM with Trainer."""
+    from lowrank_geo.finetune.run import finetune
+
+    config = FinetuneConfig(
+        r=r,
+        optimizer=optimizer,
+        lr=run.lr,
+        seed=run.seed,
+        steps=60 if quick else 150,
+        length=32 if quick else 64,
+        targets="query,value" if quick else "all-linear",
+    )
+    return finetune(config, method=method)
+
+
+TASKS = {"digits": compute_digits, "docstrings": compute_docstrings}
+
+
+def entries(r: int) -> list[tuple[str, str, str]]:
+    """(label, method, optimizer) of what is compared at a rank."""
+    found = [(f"fixed-rank, {name}", "fixed-rank", name) for name in OPTIMIZERS]
+    found += [(name, name, "muon") for name in BASELINES]
+    return [(f"{label} | r {r}", method, optimizer) for label, method, optimizer in found]
+
+
+def first_rate(method: str, optimizer: str) -> float:
+    return FIRST.get(optimizer if method == "fixed-rank" else method, 2.5e-3)
+
+
+def line(row: Row, store: Store) -> list[str]:
+    records = [
+        r for run, r in store.records.items() if run.method == row.method and run.lr == row.lr
+    ]
+    accuracy = statistics.fmean(r["accuracy"] for r in records)
+    speed = statistics.fmean(r["samples_per_second"] for r in records)
+    return [
+        row.method,
+        f"{accuracy:.3f}",
+        f"{row.loss:.3f} ± {row.spread:.3f}",
+        f"{row.lr:.3g}",
+        f"{row.window:.0f}",
+        f"{row.record['trained']:,}",
+        f"{speed:.0f}",
+        f"{row.record['peak_memory'] / 2**20:,.0f}",
+    ]
+
+
+HEADER = [
+    "method",
+    "accuracy",
+    "held-out loss",
+    "best lr",
+    "lr window",
+    "trained",
+    "samples/s",
+    "MiB",
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("task", choices=sorted(TASKS))
+    parser.add_argument("--quick", action="store_true", help="r = 8 and one seed")
+    parser.add_argument("--ranks", type=int, nargs="+")
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    quick = arguments.quick
+    name = f"finetune-{arguments.task}" + ("-quick" if quick else "")
+    store = Store(Path(__file__).parent / "results" / f"{name}.jsonl")
+    rows = []
+    for r in arguments.ranks or (QUICK_RANKS if quick else RANKS):
+        for label, method, optimizer in entries(r):
+            compute = partial(TASKS[arguments.task], method, optimizer, r, quick)
+            grid = geometric(first_rate(method, optimizer), 2.0, 4)
+            rows.append(sweep(store, label, grid, compute, seeds=1 if quick else 3))
+    print(table(HEADER, [line(row, store) for row in rows]))
+    records = [{**row._asdict()} for row in rows]
+    print(json.dumps({"benchmark": name, "rows": records, **environment()}))
+
+
+if __name__ == "__main__":
+    main()
