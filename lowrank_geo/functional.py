@@ -94,9 +94,9 @@ class TangentLinear(torch.autograd.Function):
         if g is None:
             return (None,) * 4
         with no_autocast(g):
-            grads = reference.lowrank_linear_backward(
-                g, *ctx.saved_tensors, ctx.needs_input_grad[0]
-            )
+            x, U, S, V, a = ctx.saved_tensors
+            with_x = ctx.needs_input_grad[0]
+            grads = reference.lowrank_linear_backward(g, x, U, S, V, a, with_x)
         return once("lowrank_linear", grads)
 
 

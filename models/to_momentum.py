@@ -100,5 +100,6 @@ def keeps_shape(block: nn.Module) -> bool:
     """Whether the shortcut of a residual block is the identity: no `downsample`, `stride` or `padding` of channels."""
     strides: Any = getattr(block, "stride", 1)
     strides = strides if isinstance(strides, tuple) else (strides,)
-    moved = getattr(block, "downsample", None) is not None or getattr(block, "padding", 0)
+    added: Any = getattr(block, "padding", 0)
+    moved = getattr(block, "downsample", None) is not None or added
     return not moved and all(stride == 1 for stride in strides)

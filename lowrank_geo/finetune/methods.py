@@ -85,7 +85,7 @@ def manifold(model: nn.Module, config: FinetuneConfig, lr: float) -> Optimizer:
     return LoRAPreconditioned(model, lr=lr, euclidean_lr=config.euclidean_lr)
 
 
-def preconditioned(model: nn.Module, config: FinetuneConfig, lr: float) -> Optimizer:
+def preconditioned(model: Any, config: FinetuneConfig, lr: float) -> Optimizer:
     """PEFT's own preconditioner around AdamW; it knows one learning rate."""
     from peft.optimizers import create_riemannian_optimizer
 

@@ -151,12 +151,15 @@ def lora_pairs(model: nn.Module) -> Iterator[Pair]:
 
     Raises: ValueError for DoRA.
     """
-    for name, module in model.named_modules():
+    for name, layer in model.named_modules():
+        module: Any = layer
         downs, ups = getattr(module, "lora_A", None), getattr(module, "lora_B", None)
         if not isinstance(downs, nn.ModuleDict) or not isinstance(ups, nn.ModuleDict):
             continue
         for adapter in downs:
-            A, B = downs[adapter].weight, ups[adapter].weight
+            down: Any = downs[adapter]
+            up: Any = ups[adapter]
+            A, B = down.weight, up.weight
             if A.dim() != 2 or not (A.requires_grad and B.requires_grad):
                 continue
             if getattr(module, "use_dora", {}).get(adapter, False):

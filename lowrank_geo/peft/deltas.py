@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +65,7 @@ def kind_of(base: nn.Module) -> str:
     return "conv1d" if type(base).__name__ == "Conv1D" else "linear"
 
 
-def sizes_of(base: nn.Module) -> tuple[int, int]:
+def sizes_of(base: Any) -> tuple[int, int]:
     """(m, n) of the weight of a layer as a matrix; of its declared features where the weight is packed.
 
     Raises: TypeError for a layer that has neither.
@@ -101,7 +102,7 @@ def to_matrix(weight: Tensor, base: nn.Module) -> Tensor:
     )
 
 
-def to_layout(matrix: Tensor, base: nn.Module) -> Tensor:
+def to_layout(matrix: Tensor, base: Any) -> Tensor:
     """A matrix in the layout of the layer's weight; the inverse of `to_matrix`.
 
     Shapes: (m, n) -> in the layout of `kind_of`.
@@ -112,7 +113,7 @@ def to_layout(matrix: Tensor, base: nn.Module) -> Tensor:
     return matrix.mT if kind in ("conv1d", "embedding") else matrix
 
 
-def make_delta(base: nn.Module, points: Sequence[Point], blocks: Blocks | None) -> Delta:
+def make_delta(base: Any, points: Sequence[Point], blocks: Blocks | None) -> Delta:
     """The module that adds the given change to a layer.
 
     Raises: ValueError for a grouped convolution.

@@ -25,7 +25,8 @@ def zero(block: Tensor, rank: int) -> Point:
 
     Shapes: block (m, n), of which only the shape matters -> `Point`.
     """
-    drawn = random(*block.shape, rank, dtype=torch.promote_types(block.dtype, torch.float32))
+    m, n = block.shape
+    drawn = random(m, n, rank, dtype=torch.promote_types(block.dtype, torch.float32))
     return Point(drawn.U, torch.zeros_like(drawn.S), drawn.V)
 
 
@@ -34,7 +35,8 @@ def arbitrary(block: Tensor, rank: int) -> Point:
 
     Shapes: block (m, n), of which only the shape matters -> `Point`.
     """
-    drawn = random(*block.shape, rank, dtype=torch.promote_types(block.dtype, torch.float32))
+    m, n = block.shape
+    drawn = random(m, n, rank, dtype=torch.promote_types(block.dtype, torch.float32))
     return Point(drawn.U, drawn.S * (0.1 / rank**0.5), drawn.V)
 
 

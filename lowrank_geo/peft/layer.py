@@ -99,7 +99,7 @@ class FixedRankLayer(nn.Module, BaseTunerLayer):
             return take_gradient(base, adapter.layer)
         if adapter.init == "pissa":
             return to_matrix(read_weight(base, self.quantization_backend), base) / adapter.scale
-        dtype = base.weight.dtype if hasattr(base, "weight") else torch.float32
+        dtype: Any = base.weight.dtype if hasattr(base, "weight") else torch.float32
         dtype = dtype if dtype.is_floating_point else torch.float32
         return torch.empty(self.out_features, self.in_features, dtype=dtype, device="meta")
 

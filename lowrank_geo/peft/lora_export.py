@@ -4,6 +4,7 @@ The exported adapter has alpha = r, so that its scaling is 1 and ΔW = B A; it n
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
@@ -25,7 +26,7 @@ def export_lora(model: PeftModel, folder: str | Path, *, adapter_name: str | Non
     Raises: ValueError for an unknown adapter, adapters of parameters, and trained biases.
     """
     name = chosen(model, adapter_name)
-    config = model.peft_config[name]
+    config: Any = model.peft_config[name]
     layers = adapter_layers(model, name)
     refuse_export(config, layers)
     tensors: dict[str, Tensor] = {}
@@ -89,7 +90,7 @@ def two_factors(layer: FixedRankLayer, name: str) -> tuple[Tensor, Tensor]:
 
 def named(key: str, layer: FixedRankLayer, B: Tensor, A: Tensor) -> dict[str, Tensor]:
     """The two factors under the names and in the shapes that PEFT stores for a layer of this kind."""
-    base = layer.get_base_layer()
+    base: Any = layer.get_base_layer()
     kind = kind_of(base)
     if kind == "embedding":
         return {f"{key}.lora_embedding_A": A, f"{key}.lora_embedding_B": B}

@@ -23,13 +23,14 @@ class FixedRankModel(BaseTuner):
 
     prefix = PREFIX
     tuner_layer_cls = FixedRankLayer
-    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    target_module_mapping: Any = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
         """As in PEFT, but an adapter that cannot be made leaves the model as it was."""
-        check_base(model, self.peft_config[adapter_name].stored_shapes)
+        config: Any = self.peft_config[adapter_name]
+        check_base(model, config.stored_shapes)
         flags = [(p, p.requires_grad) for p in model.parameters()]
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -41,7 +42,7 @@ class FixedRankModel(BaseTuner):
 
     def _create_and_replace(
         self,
-        peft_config: FixedRankConfig,
+        peft_config: Any,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -54,7 +55,7 @@ class FixedRankModel(BaseTuner):
             if isinstance(target, ParamWrapper) and target.parameter_name == parameter_name:
                 target.add(adapter)
                 return
-            new: nn.Module = ParamWrapper(target, adapter, parameter_name)
+            new: Any = ParamWrapper(target, adapter, parameter_name)
         elif isinstance(target, FixedRankLayer):
             target.add(adapter)
             return
@@ -62,7 +63,7 @@ class FixedRankModel(BaseTuner):
             base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
             new = layer_class(base)(target, adapter, **quantization_of(self.model))
         if adapter_name not in self.active_adapters:
-            new.fixed_rank_delta.requires_grad_(False)  # type: ignore[operator, union-attr]
+            new.fixed_rank_delta.requires_grad_(False)
         self._replace_module(parent, target_name, new, target)
 
     def _replace_module(

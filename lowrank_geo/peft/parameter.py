@@ -118,7 +118,8 @@ class ParamWrapper(FixedRankLayer):
 
     def _path(self) -> str:
         """The parameter as the wrapped module calls it, through the wrappers between."""
-        path, module = self.parameter_name, self.base_layer
+        path: str = self.parameter_name
+        module: Any = self.base_layer
         while hasattr(module, "base_layer"):
             path, module = f"base_layer.{path}", module.base_layer
         return path
