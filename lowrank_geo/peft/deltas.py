@@ -56,7 +56,7 @@ def layers_of(delta: nn.Module) -> list[LowRankLayer]:
     return [module for module in delta.modules() if isinstance(module, LowRankLayer)]
 
 
-def kind_of(base: nn.Module) -> str:
+def kind_of(base: Any) -> str:
     """How a layer stores its weight: "linear" (m, n), "conv1d" and "embedding" (n, m), "conv2d" (m, c, kh, kw)."""
     if isinstance(base, nn.Embedding):
         return "embedding"
@@ -87,7 +87,7 @@ def sizes_of(base: Any) -> tuple[int, int]:
     )
 
 
-def to_matrix(weight: Tensor, base: nn.Module) -> Tensor:
+def to_matrix(weight: Tensor, base: Any) -> Tensor:
     """The weight of a layer as a matrix.
 
     Shapes: in the layout of `kind_of` -> (m, n).

@@ -6,14 +6,14 @@ find its triple like any other.
 
 import warnings
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from lowrank_geo.layers import LowRankLayer
-from lowrank_geo.peft.blocks import Blocks
+from lowrank_geo.peft.adapter import Adapter, check_fits
 from lowrank_geo.peft.deltas import (
     kind_of,
     layers_of,
@@ -26,19 +26,6 @@ from lowrank_geo.peft.deltas import (
 )
 from lowrank_geo.peft.initial import STARTS, take_gradient
 from lowrank_geo.peft.quantized import backend_of, read_weight, write_weight
-
-
-class Adapter(NamedTuple):
-    """What the configuration says about one adapter at one layer."""
-
-    name: str
-    layer: str  # the name of the layer, for messages
-    rank: int
-    scale: float
-    dropout: float
-    init: str
-    blocks: Blocks | None
-    inference: bool
 
 
 class FixedRankLayer(nn.Module, BaseTunerLayer):
@@ -94,7 +81,7 @@ class FixedRankLayer(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=adapter.inference)
 
     def _to_start_from(self, adapter: Adapter) -> Tensor:
-        base = self.get_base_layer()
+        base: Any = self.get_base_layer()
         if adapter.init == "gradient":
             return take_gradient(base, adapter.layer)
         if adapter.init == "pissa":
@@ -259,13 +246,3 @@ CLASSES: dict[str, type[FixedRankLayer]] = {
 def layer_class(base: nn.Module) -> type[FixedRankLayer]:
     """The class for a base layer."""
     return CLASSES[kind_of(base)]
-
-
-def check_fits(adapter: Adapter, m: int, n: int) -> None:
-    """Raise ValueError unless 1 <= rank <= min(m, n)."""
-    if not 1 <= adapter.rank <= min(m, n):
-        raise ValueError(
-            f"`r` should be a positive integer value not larger than {min(m, n)} for the {m}x{n} weight of "
-            f"'{adapter.layer}', but the value passed is {adapter.rank}. Please lower `r`, or give this layer a "
-            "smaller one in `rank_pattern`."
-        )

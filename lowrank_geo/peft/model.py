@@ -9,9 +9,10 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import get_pattern_key
 from torch import nn
 
+from lowrank_geo.peft.adapter import Adapter
 from lowrank_geo.peft.combination import combine_layers
 from lowrank_geo.peft.config import FixedRankConfig
-from lowrank_geo.peft.layer import Adapter, FixedRankLayer, layer_class
+from lowrank_geo.peft.layer import FixedRankLayer, layer_class
 from lowrank_geo.peft.parameter import ParamWrapper
 from lowrank_geo.peft.quantized import quantization_of
 from lowrank_geo.peft.register import PREFIX

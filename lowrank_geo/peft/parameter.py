@@ -14,9 +14,10 @@ from torch.func import functional_call
 from lowrank_geo.geometry import Point
 from lowrank_geo.layers import LowRankLayer
 from lowrank_geo.lookup import lowrank_embedding
+from lowrank_geo.peft.adapter import Adapter, check_fits
 from lowrank_geo.peft.deltas import layers_of
 from lowrank_geo.peft.initial import STARTS
-from lowrank_geo.peft.layer import Adapter, FixedRankLayer, check_fits
+from lowrank_geo.peft.layer import FixedRankLayer
 
 
 class LowRankStack(nn.Module):
@@ -144,7 +145,7 @@ class ParamWrapper(FixedRankLayer):
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
         """The module without wrappers, their adapters merged into it or not; PEFT calls this."""
-        module: nn.Module = self
+        module: Any = self
         while isinstance(module, ParamWrapper):
             if merge:
                 module.merge(safe_merge=safe_merge, adapter_names=adapter_names)

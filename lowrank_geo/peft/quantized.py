@@ -6,21 +6,21 @@ import torch
 from torch import Tensor, nn
 
 try:  # PEFT 0.21 made one place of its quantisation back-ends
-    from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
+    from peft.utils import quantization_utils
 except ImportError:
-    get_quantization_kwargs = resolve_quantization_backend = None  # type: ignore[assignment]
+    quantization_utils = None  # type: ignore[assignment]
 
 
 def backend_of(base: nn.Module, **quantization: Any) -> Any:
     """PEFT's back-end for a quantised layer, None for a plain one and where PEFT has none."""
-    if resolve_quantization_backend is None:
+    if quantization_utils is None:
         return None
-    return resolve_quantization_backend(base, **quantization)
+    return quantization_utils.resolve_quantization_backend(base, **quantization)
 
 
 def quantization_of(model: nn.Module) -> dict[str, Any]:
     """What PEFT needs to know of the model to quantise a merged weight again."""
-    return {} if get_quantization_kwargs is None else get_quantization_kwargs(model)
+    return {} if quantization_utils is None else quantization_utils.get_quantization_kwargs(model)
 
 
 def read_weight(base: nn.Module, backend: Any) -> Tensor:
