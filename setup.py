@@ -25,6 +25,7 @@ DEV = [
     "scipy>=1.13",
     "setuptools>=77",
     "tensorboard>=2.18",
+    "torchao>=0.18",
     "wheel>=0.45",
 ]
 
