@@ -120,6 +120,18 @@ def blur(model: nn.Module) -> None:
                 parameter += 0.02 * torch.randn_like(parameter)
 
 
+def descent(model: nn.Module, optimizer: torch.optim.Optimizer, inputs: dict, steps: int) -> list:
+    """The losses of some steps on one batch."""
+    losses = []
+    for _ in range(steps):
+        loss = model(**inputs).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
 def mlp() -> nn.Sequential:
     """Layers of every kind that can be adapted: embedding, convolution, linear."""
     torch.manual_seed(3)

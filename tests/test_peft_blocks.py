@@ -4,7 +4,7 @@ import pytest
 import torch
 from einops import rearrange
 from peft import PeftModel, get_peft_model
-from peft_models import batch, blur, logits, tiny
+from peft_models import batch, blur, descent, logits, tiny
 from tiny_models import relative
 from torch import nn
 
@@ -72,13 +72,7 @@ def test_blocks_start_at_the_model_and_train(init):
     model = get_peft_model(tiny("decoder-conv1d"), config)
     assert relative(logits(model, inputs), logits(tiny("decoder-conv1d"), inputs)) < 2e-6
     optimizer = lowrank_geo.optim.RiemannianMuon(lowrank_geo.param_groups(model, lr=0.02))
-    losses = []
-    for _ in range(5):
-        loss = model(**inputs).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    losses = descent(model, optimizer, inputs, 5)
     assert losses[-1] < losses[0]
 
 

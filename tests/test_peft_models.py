@@ -6,7 +6,7 @@ import peft
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from peft_models import FAMILIES, GENERATING, batch, blur, config, logits, tiny, wrapped
+from peft_models import FAMILIES, GENERATING, batch, blur, config, descent, logits, tiny, wrapped
 from tiny_models import relative
 
 import lowrank_geo
@@ -86,13 +86,7 @@ def test_training_lowers_the_loss_and_moves_nothing_but_the_adapter(family):
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     groups = lowrank_geo.param_groups(model, lr=0.02, euclidean_lr=0.01)
     optimizer = lowrank_geo.optim.RiemannianAdam(groups)
-    losses = []
-    for _ in range(8):
-        loss = model(**inputs).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    losses = descent(model, optimizer, inputs, 8)
     assert losses[-1] < losses[0]
     moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     assert moved == {n for n, p in model.named_parameters() if p.requires_grad}

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from peft_models import batch, config, logits, tiny
+from peft_models import batch, config, descent, logits, tiny
 from tiny_models import relative
 
 import lowrank_geo
@@ -56,13 +56,7 @@ def test_a_quantised_base_is_close_to_the_float_one_and_the_adapter_counts(quant
 def test_it_trains_saves_loads_and_exports(quantized, tmp_path):
     model, inputs = get_peft_model(quantized(), config("decoder", init="zero")), batch("decoder")
     optimizer = lowrank_geo.optim.RiemannianAdam(lowrank_geo.param_groups(model, lr=0.02))
-    losses = []
-    for _ in range(5):
-        loss = model(**inputs).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    losses = descent(model, optimizer, inputs, 5)
     assert losses[-1] < losses[0]
     expected = logits(model.eval(), inputs)
     model.save_pretrained(tmp_path / "out")
