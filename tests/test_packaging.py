@@ -60,7 +60,9 @@ def stand_in_for_kernels(home: Path) -> Path:
     metadata.parent.mkdir(parents=True)
     metadata.write_text(f"Metadata-Version: 2.1\nName: kernels\nVersion: {KERNELS_MIN_VERSION}\n")
     (folder / "kernels").mkdir()
-    any_name = "def __getattr__(name):\n    return type(name, (), {})\n"
+    # Every name is a class, and its instances are decorators that change nothing: models use both.
+    methods = "{'__init__': lambda self, *a, **k: None, '__call__': lambda self, f: f}"
+    any_name = f"def __getattr__(name):\n    return type(name, (), {methods})\n"
     (folder / "kernels" / "__init__.py").write_text(any_name)
     return folder
 
