@@ -25,28 +25,98 @@ class State(NamedTuple):
     lost: Tensor  # int64, >= 0, below 2⁴⁷
 
 
-def numerator(gamma: float) -> int:
-    """γ in units of 2⁻¹⁶, rounded.
+class FixedPoint(NamedTuple):
+    """The arithmetic of steps v ← (n / 2¹⁶) v + share f, x ← x + v."""
+
+    n: int
+    share: float  # 1 − γ, not rounded: close to γ = 1 the rounding of n would be a large part of it
+
+    @property
+    def decay(self) -> float:
+        return self.n / DENOMINATOR
+
+    def start(self, x: Tensor, v: Tensor) -> State:
+        """The state of real positions and velocities, rounded."""
+        x, v = quantise(x.detach()), quantise(v.detach())
+        return State(x, v, torch.zeros_like(x))
+
+    def real(self, value: Tensor, dtype: torch.dtype) -> Tensor:
+        return (value.double() * UNIT).to(dtype)
+
+    def push(self, f: Tensor) -> Tensor:
+        """What f adds to v."""
+        return quantise(f.detach().double() * self.share)
+
+    def keep(self, state: State, index: int) -> tuple[State, Tensor | None]:
+        """Before step `index`: an empty remainder where the old one, then returned too, could overflow."""
+        if not self.begins_remainder(index):
+            return state, None
+        return state._replace(lost=torch.zeros_like(state.lost)), state.lost
+
+    def begins_remainder(self, index: int) -> bool:
+        return index > 0 and index % blocks_per_remainder(self.n) == 0
+
+    def advance(self, state: State, push: Tensor) -> State:
+        x, v, lost = state
+        lost = (
+            lost * DENOMINATOR + v % DENOMINATOR
+        )  # floor division: 0 <= v % d < d, also for v < 0
+        v = v.div(DENOMINATOR, rounding_mode="floor") * self.n + lost % self.n + push
+        return State(x + v, v, lost.div(self.n, rounding_mode="floor"))
+
+    def position_before(self, state: State) -> Tensor:
+        """x before the step, known before `push` is."""
+        return state.x - state.v
+
+    def retreat(self, state: State, push: Tensor) -> State:
+        """The state before `advance(·, push)`."""
+        v = state.v - push
+        lost = state.lost * self.n + v % self.n
+        v = v.div(self.n, rounding_mode="floor") * DENOMINATOR + lost % DENOMINATOR
+        return State(self.position_before(state), v, lost.div(DENOMINATOR, rounding_mode="floor"))
+
+    def resume(self, state: State, index: int, kept: list) -> tuple[State, None]:
+        """The state before step `index`, with the remainder that was kept there."""
+        if self.begins_remainder(index):
+            state = state._replace(lost=kept.pop())
+        return state, None
+
+    def mark(self, push: Tensor) -> Tensor:
+        """A sum modulo 2⁶⁴ with odd weights, which differs if one entry or the order does."""
+        odd = torch.arange(1, 2 * push.numel(), 2, device=push.device)
+        return (push.flatten() * odd).sum()
+
+    def fine(self, value: Tensor) -> Tensor:
+        """Whether all of a real tensor is finite and has a fixed-point form, as a 0-d bool tensor."""
+        return (value.double().abs() < LARGEST * UNIT).all()
+
+    def fits(self, state: State) -> Tensor:
+        """Whether x and v are far enough from the ends of int64 for one more step, as a 0-d bool tensor."""
+        return ((state.x.abs() < LARGEST) & (state.v.abs() < LARGEST)).all()
+
+
+def fixed_point(gamma: float) -> FixedPoint:
+    """The arithmetic of γ, in units of 2⁻¹⁶, rounded.
 
     Raises: ValueError for a γ that rounds to 0 or 1, where no step can be undone.
 
-    >>> numerator(0.5)
+    >>> fixed_point(0.5).n
     32768
     """
     n = round(gamma * DENOMINATOR)
     if not 0 < n < DENOMINATOR:
         raise ValueError(
             f"MomentumStack needs gamma from 2**-16 to 1 - 2**-16 in exact arithmetic, got {gamma}; "
-            'use mode="backprop" without exact'
+            "use exact=False"
         )
-    return n
+    return FixedPoint(n, 1 - gamma)
 
 
 @cache
 def blocks_per_remainder(n: int) -> int:
     """How many steps fit one remainder for any values of v; about 47 / log2(1/γ), less log2(1/(1-γ)) bits.
 
-    >>> [blocks_per_remainder(numerator(gamma)) for gamma in (0.5, 0.9, 0.99)]
+    >>> [blocks_per_remainder(fixed_point(gamma).n) for gamma in (0.5, 0.9, 0.99)]
     [47, 291, 2842]
     """
     largest = count = 0
@@ -55,65 +125,6 @@ def blocks_per_remainder(n: int) -> int:
     return count
 
 
-def start(x: Tensor, v: Tensor) -> State:
-    """The state of real positions and velocities, rounded."""
-    x, v = quantise(x.detach()), quantise(v.detach())
-    return State(x, v, torch.zeros_like(x))
-
-
-def renew(state: State, index: int, n: int) -> tuple[State, Tensor | None]:
-    """Before step `index`: an empty remainder where the old one, then returned too, could overflow."""
-    if not begins_remainder(index, n):
-        return state, None
-    return state._replace(lost=torch.zeros_like(state.lost)), state.lost
-
-
-def begins_remainder(index: int, n: int) -> bool:
-    return index > 0 and index % blocks_per_remainder(n) == 0
-
-
 def quantise(value: Tensor) -> Tensor:
-    """The nearest multiples of 2⁻³², as int64; wrong, and found by `fits`, beyond ±2²⁹."""
+    """The nearest multiples of 2⁻³², as int64; wrong, and found by `fine` and `fits`, beyond ±2²⁹."""
     return (value.double() / UNIT).round().to(torch.int64)
-
-
-def real(value: Tensor, dtype: torch.dtype) -> Tensor:
-    return (value.double() * UNIT).to(dtype)
-
-
-def representable(value: Tensor) -> Tensor:
-    """Whether all of a real tensor is finite and has a fixed-point form, as a 0-d bool tensor."""
-    return (value.double().abs() < LARGEST * UNIT).all()
-
-
-def fits(state: State) -> Tensor:
-    """Whether x and v are far enough from the ends of int64 for one more step, as a 0-d bool tensor."""
-    return ((state.x.abs() < LARGEST) & (state.v.abs() < LARGEST)).all()
-
-
-def advance(state: State, push: Tensor, n: int) -> State:
-    """v ← γ v + push, then x ← x + v."""
-    x, v, lost = state
-    lost = lost * DENOMINATOR + v % DENOMINATOR  # floor division: 0 <= v % d < d, also for v < 0
-    v = v.div(DENOMINATOR, rounding_mode="floor") * n + lost % n + push
-    return State(x + v, v, lost.div(n, rounding_mode="floor"))
-
-
-def position_before(state: State) -> Tensor:
-    """x before the step, known before `push` is."""
-    return state.x - state.v
-
-
-def retreat(state: State, push: Tensor, n: int) -> State:
-    """The state before `advance(·, push, n)`."""
-    x = position_before(state)
-    v = state.v - push
-    lost = state.lost * n + v % n
-    v = v.div(n, rounding_mode="floor") * DENOMINATOR + lost % DENOMINATOR
-    return State(x, v, lost.div(DENOMINATOR, rounding_mode="floor"))
-
-
-def checksum(push: Tensor) -> Tensor:
-    """A sum modulo 2⁶⁴ with odd weights, which differs if one entry or the order does."""
-    odd = torch.arange(1, 2 * push.numel(), 2, device=push.device)
-    return (push.flatten() * odd).sum()
