@@ -7,6 +7,7 @@ from lowrank_geo.models.momentum import MomentumStack
 from lowrank_geo.models.momentum_classifier import MomentumClassifier
 from lowrank_geo.models.presets import DECODERS, decoder
 from lowrank_geo.models.resnet import ResNet
+from lowrank_geo.models.shared_range import SharedRangeStack
 from lowrank_geo.models.to_momentum import to_momentum
 from lowrank_geo.models.unet import MomentumUNet
 from lowrank_geo.models.vgg import VGG, VGGConfig, vgg11, vgg16
@@ -23,6 +24,7 @@ __all__ = [
     "MomentumStack",
     "MomentumUNet",
     "ResNet",
+    "SharedRangeStack",
     "VGGConfig",
     "ViT",
     "ViTConfig",

@@ -1,105 +1,111 @@
-"""Momentum in the residual stages of a network that exists."""
+"""The residual stages of an existing network as momentum stages."""
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from lowrank_geo.models.momentum import Mode, MomentumStack, check_gamma
+from lowrank_geo.models.momentum import Mode, MomentumStack
 
+Model = TypeVar("Model", bound=nn.Module)
 STAGES = ("layer1", "layer2", "layer3", "layer4", "blocks", "layers")
+SHORTCUTS = ("downsample", "shortcut")
 
 
-class Difference(nn.Module):
-    """f(x) = block(x) − x: what a residual block adds, whatever it is made of.
-
-    Shapes: as the block, which keeps the shape of x.
-    """
+class Increment(nn.Module):
+    """f(x) = block(x) − x of a residual block that adds x itself, also before a last nonlinearity."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
         self.block = block
 
-    def forward(self, x: Tensor, *arguments: Any) -> Tensor:
-        return self.block(x, *arguments) - x
+    def forward(self, x: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
+        return self.block(x, *arguments, **keywords) - x
 
 
 def to_momentum(
-    model: nn.Module,
+    model: Model,
     gamma: float = 0.9,
     *,
-    stages: Iterable[str] | None = None,
     mode: Mode = "backprop",
-) -> nn.Module:
-    """Turn the residual stages of a network into momentum stages, in place; γ = 0 leaves what it computes.
+    stages: Sequence[str] | None = None,
+) -> Model:
+    """Make neighbouring residual blocks that keep the shape one `MomentumStack`, in place; γ = 0 changes nothing.
 
-    A stage is an nn.Sequential or nn.ModuleList of residual blocks, each of which is called with x first and returns
-    one tensor, as the stages of torchvision's ResNets and of the ResNet, ViT and Decoder of this package. Its blocks
-    are run through `MomentumStack` with f(x) = block(x) − x; blocks that change the shape stay and v starts anew
-    behind them. Parameters stay the same objects under longer names.
+    `stages` names the lists of blocks (Sequential or ModuleList); by default those called layer1 to layer4, blocks or
+    layers, as in torchvision's and our ResNet, `ViT` and `Decoder`. Blocks that resize stay as they are. Weights stay,
+    but their names change: load checkpoints first, make optimizers and `convert` afterwards.
 
-    Args: stages: names of the stages; None for those called `layer1` … `layer4`, `blocks` or `layers` at the top.
-    Returns: the model.
-    Raises: ValueError if a named stage is missing, is no list of modules, or no stage is found; as `MomentumStack`.
+    Raises: ValueError for a γ outside [0, 1), γ = 0 in reversible mode, a stage that the model does not have, or a
+        model without a block to change.
+    Source: Sander et al., arXiv 2102.07870, section 3.
 
     >>> from lowrank_geo.models import ResNet
-    >>> model = to_momentum(ResNet(20), gamma=0.9)
-    >>> [type(part).__name__ for part in model.blocks]
+    >>> net = to_momentum(ResNet(20, width=4), gamma=0.9)
+    >>> [type(stage).__name__ for stage in net.blocks]
     ['MomentumStack', 'Block', 'MomentumStack', 'Block', 'MomentumStack']
     """
-    check_gamma(gamma)
-    names = [s for s in STAGES if hasattr(model, s)] if stages is None else list(stages)
-    if not names:
+    changed = 0
+    for stage in list(_stages(model, stages)):
+        parts: list[nn.Module] = []
+        for keep, run in groupby(stage, _keeps_the_shape):
+            blocks = list(run)
+            if keep:
+                changed += len(blocks)
+                steps = [Increment(block) for block in blocks]
+                parts.append(MomentumStack(steps, gamma, mode=mode).train(blocks[0].training))
+            else:
+                parts.extend(blocks)
+        stage._modules.clear()
+        stage._modules.update({str(index): part for index, part in enumerate(parts)})
+    if not changed:
         raise ValueError(
-            f"to_momentum needs a model with stages called {', '.join(STAGES)}, got a {type(model).__name__} without; "
-            "name them in stages"
+            "to_momentum needs residual blocks that keep the shape in lists called "
+            f"{', '.join(stages or STAGES)}, got none; name the lists of this model in stages"
         )
-    found = {name: stage_called(model, name) for name in names}
-    built = {name: grouped(stage, gamma, mode) for name, stage in found.items()}
-    for name, parts in built.items():  # only when all of them could be built
-        parent, _, child = name.rpartition(".")
-        sequential = isinstance(found[name], nn.Sequential)
-        new = nn.Sequential(*parts) if sequential else nn.ModuleList(parts)
-        setattr(model.get_submodule(parent), child, new)
     return model
 
 
-def stage_called(model: nn.Module, name: str) -> nn.Sequential | nn.ModuleList:
-    try:
-        stage = model.get_submodule(name)
-    except AttributeError:
-        raise ValueError(
-            f"to_momentum needs stages of the model, got {name!r}, which it has not; see model.named_modules()"
-        ) from None
-    if not isinstance(stage, nn.Sequential | nn.ModuleList):
-        raise ValueError(
-            f"to_momentum needs stages that are an nn.Sequential or nn.ModuleList, got {name!r}, a "
-            f"{type(stage).__name__}; name the list that holds the blocks"
-        )
-    return stage
+def _stages(
+    model: nn.Module, names: Sequence[str] | None
+) -> Iterator[nn.Sequential | nn.ModuleList]:
+    if names is None:
+        found = [getattr(model, name, None) for name in STAGES]
+    else:
+        known = dict(model.named_modules())
+        missing = [name for name in names if name not in known]
+        if missing:
+            raise ValueError(
+                f"to_momentum needs stages of the model, got {missing[0]!r}; use names of model.named_modules()"
+            )
+        found = [known[name] for name in names]
+    for stage in found:
+        if isinstance(stage, nn.Sequential | nn.ModuleList):
+            yield stage
+        elif names is not None:
+            raise ValueError(
+                f"to_momentum needs stages that are Sequential or ModuleList, got {type(stage).__name__}; "
+                "name the list of blocks itself"
+            )
 
 
-def grouped(stage: Iterable[nn.Module], gamma: float, mode: Mode) -> list[nn.Module]:
-    """The blocks with each run of shape-preserving ones as one stack."""
-    parts: list[nn.Module] = []
-    run: list[nn.Module] = []
-    for block in stage:
-        if keeps_shape(block):
-            run.append(Difference(block))
+def _keeps_the_shape(block: nn.Module) -> bool:
+    """Whether a residual block adds its own input: it is no stack yet and neither strides, widens nor projects."""
+    if isinstance(block, MomentumStack):
+        return False
+    for name in SHORTCUTS:
+        shortcut = getattr(block, name, None)
+        if isinstance(shortcut, nn.Identity) or (
+            isinstance(shortcut, nn.Sequential) and not len(shortcut)
+        ):
             continue
-        if run:
-            parts.append(MomentumStack(run, gamma, mode=mode))
-        parts.append(block)
-        run = []
-    if run:
-        parts.append(MomentumStack(run, gamma, mode=mode))
-    return parts
-
-
-def keeps_shape(block: nn.Module) -> bool:
-    """Whether the shortcut of a residual block is the identity: no `downsample`, `stride` or `padding` of channels."""
-    strides: Any = getattr(block, "stride", 1)
-    strides = strides if isinstance(strides, tuple) else (strides,)
-    added: Any = getattr(block, "padding", 0)
-    moved = getattr(block, "downsample", None) is not None or added
-    return not moved and all(stride == 1 for stride in strides)
+        if shortcut is not None:
+            return False
+    convolutions: list[Any] = [m for m in block.modules() if hasattr(m, "in_channels")]
+    if not convolutions:
+        return True
+    # Low-rank convolutions keep their stride in `geometry`.
+    strides = [getattr(layer, "geometry", layer).stride for layer in convolutions]
+    one = all(set(stride) == {1} for stride in strides)
+    return one and convolutions[0].in_channels == convolutions[-1].out_channels

@@ -1,9 +1,12 @@
-"""models: momentum in networks that exist, and velocities in few coordinates."""
+"""models.to_momentum: a torchvision-like ResNet, our ResNet, ViT and decoder; γ = 0 changes nothing."""
+
+import copy
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+import lowrank_geo
 from lowrank_geo.models import (
     Decoder,
     DecoderConfig,
@@ -13,134 +16,152 @@ from lowrank_geo.models import (
     ViTConfig,
     to_momentum,
 )
-from lowrank_geo.models.shared_range import SharedRangeStack
 
 
-class BasicBlock(nn.Module):
-    """A residual block with torchvision's names."""
+class Bottleneck(nn.Module):
+    """As torchvision's: in-place ReLU after the sum, a projection on the shortcut where the shape changes."""
 
-    def __init__(self, inside, outside, stride=1):
+    def __init__(self, width: int, inner: int, stride: int = 1) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(inside, outside, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(outside)
-        self.relu = nn.ReLU()
-        self.conv2 = nn.Conv2d(outside, outside, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outside)
-        self.stride, self.downsample = stride, None
-        if stride != 1 or inside != outside:
-            self.downsample = nn.Conv2d(inside, outside, 1, stride, bias=False)
+        self.conv1, self.bn1 = nn.Conv2d(width, inner, 1, bias=False), nn.BatchNorm2d(inner)
+        self.conv2 = nn.Conv2d(inner, inner, 3, stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(inner)
+        self.conv3, self.bn3 = nn.Conv2d(inner, 2 * inner, 1, bias=False), nn.BatchNorm2d(2 * inner)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = None
+        if stride > 1 or width != 2 * inner:
+            self.downsample = nn.Sequential(
+                nn.Conv2d(width, 2 * inner, 1, stride, bias=False), nn.BatchNorm2d(2 * inner)
+            )
 
-    def forward(self, x):
-        y = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
-        return self.relu(y + (x if self.downsample is None else self.downsample(x)))
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.relu(self.bn1(self.conv1(x)))
+        y = self.relu(self.bn2(self.conv2(y)))
+        y = self.bn3(self.conv3(y))
+        y += x if self.downsample is None else self.downsample(x)
+        return self.relu(y)
 
 
 class TorchvisionLike(nn.Module):
-    """ResNet-18's layout, small."""
-
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, 4, 3, padding=1)
-        self.layer1 = nn.Sequential(BasicBlock(4, 4), BasicBlock(4, 4))
-        self.layer2 = nn.Sequential(BasicBlock(4, 8, 2), BasicBlock(8, 8), BasicBlock(8, 8))
-        self.fc = nn.Linear(8, 5)
+        self.layer1 = nn.Sequential(Bottleneck(4, 4), Bottleneck(8, 4), Bottleneck(8, 4))
+        self.layer2 = nn.Sequential(Bottleneck(8, 8, 2), Bottleneck(16, 8), Bottleneck(16, 8))
+        self.fc = nn.Linear(16, 5)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.fc(self.layer2(self.layer1(self.conv1(x))).mean((2, 3)))
 
 
-def decoder():
-    return Decoder(DecoderConfig(11, 16, 2, 2, 24, 8))
-
-
-NETWORKS = {
-    "torchvision": (TorchvisionLike, torch.randn(2, 3, 8, 8)),
-    "resnet": (lambda: ResNet(20, width=4), torch.randn(2, 3, 8, 8)),
-    "vit": (
-        lambda: ViT(ViTConfig(image_size=8, width=16, layers=3, heads=2, hidden=32)),
-        torch.randn(2, 3, 8, 8),
-    ),
-    "decoder": (decoder, torch.randint(11, (2, 6))),
+VIT = ViTConfig(image_size=8, patch=4, width=12, layers=4, heads=3, hidden=20)
+TOKENS = DecoderConfig(vocab_size=11, width=12, layers=4, heads=3, hidden=20, context=9)
+MODELS = {
+    "torchvision": (TorchvisionLike, lambda: torch.randn(3, 3, 8, 8, dtype=torch.float64)),
+    "resnet": (lambda: ResNet(20, width=4), lambda: torch.randn(3, 3, 8, 8, dtype=torch.float64)),
+    "vit": (lambda: ViT(VIT), lambda: torch.randn(3, 3, 8, 8, dtype=torch.float64)),
+    "decoder": (lambda: Decoder(TOKENS), lambda: torch.randint(11, (3, 9))),
 }
+every_model = pytest.mark.parametrize("name", MODELS)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-def test_gamma_zero_leaves_what_an_existing_network_computes(name):
-    build, x = NETWORKS[name]
-    model = build().eval()
-    before = model(x)
-    parameters = {id(p) for p in model.parameters()}
-    assert to_momentum(model, 0.0) is model
-    assert {id(p) for p in model.parameters()} == parameters
-    assert (model(x) - before).abs().max() < 1e-5
+def make(name: str) -> tuple[nn.Module, Tensor]:
+    build, draw = MODELS[name]
+    return build().double(), draw()
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-def test_a_converted_network_has_momentum_and_trains(name):
-    build, x = NETWORKS[name]
-    model = build()
-    before = model.eval()(x)
-    to_momentum(model, 0.9)
-    stacks = [m for m in model.modules() if isinstance(m, MomentumStack)]
-    assert stacks and all(stack.gamma == 0.9 for stack in stacks)
-    assert (model(x) - before).abs().max() > 1e-4
-    model.train()(x).square().mean().backward()
-    assert all(p.grad is not None for p in model.parameters())
+def stacks(model: nn.Module) -> list[MomentumStack]:
+    return [m for m in model.modules() if isinstance(m, MomentumStack)]
 
 
-def test_conversion_keeps_blocks_that_change_the_shape():
-    model = to_momentum(TorchvisionLike(), 0.9)
-    kinds = [[type(m).__name__ for m in stage] for stage in (model.layer1, model.layer2)]
-    assert kinds == [["MomentumStack"], ["BasicBlock", "MomentumStack"]]
+@every_model
+def test_without_momentum_nothing_changes(name):
+    model, x = make(name)
+    wanted = model(x)
+    found = to_momentum(copy.deepcopy(model), 0.0)(x)
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+
+
+@every_model
+def test_parameters_stay_and_momentum_changes_the_output(name):
+    model, x = make(name)
+    wanted, before = model(x), list(model.parameters())
+    changed = to_momentum(model, 0.9)
+    assert changed is model
+    assert {id(p) for p in before} == {id(p) for p in model.parameters()}
+    assert (model(x) - wanted).norm() > 1e-3 * wanted.norm()
+
+
+@every_model
+def test_reversible_gradients_are_those_of_backprop(name):
+    one, x = make(name)
+    two = to_momentum(copy.deepcopy(one), 0.9, mode="reversible")
+    to_momentum(one, 0.9, mode="reversible")
+    for stack in stacks(two):
+        stack.mode = "backprop"
+    grads = []
+    for model in (one, two):
+        grads.append(torch.autograd.grad(model(x).cos().sum(), list(model.parameters())))
+    for found, wanted in zip(*grads, strict=True):
+        assert (found - wanted).norm() <= 1e-10 * wanted.norm() + 1e-14
+
+
+@every_model
+def test_a_momentum_network_becomes_low_rank(name):
+    model, x = make(name)
+    lowrank_geo.convert(to_momentum(model, 0.9, mode="reversible"), ratio=0.4)
+    assert any(".blocks." in layer for layer, _ in lowrank_geo.lowrank_layers(model))
+    model(x).square().sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["torchvision", "resnet"])
+def test_a_low_rank_network_gets_momentum_in_the_same_places(name):
+    dense, _ = make(name)
+    low = to_momentum(lowrank_geo.convert(copy.deepcopy(dense), ratio=0.4))
+    assert [len(s.blocks) for s in stacks(low)] == [
+        len(s.blocks) for s in stacks(to_momentum(dense))
+    ]
+
+
+def test_blocks_that_resize_stay():
+    model = to_momentum(TorchvisionLike())
+    kinds = [[type(part).__name__ for part in stage] for stage in (model.layer1, model.layer2)]
+    assert kinds == [["Bottleneck", "MomentumStack"]] * 2
+
+
+def test_the_momentum_decoder_generates_with_its_cache():
+    model = to_momentum(Decoder(TOKENS)).double().eval()
+    tokens = torch.randint(11, (2, 6))
+    cache = model.new_cache()
+    with torch.no_grad():
+        pieces = [model(part, cache=cache) for part in tokens.split([4, 1, 1], dim=1)]
+        torch.testing.assert_close(torch.cat(pieces, 1), model(tokens), rtol=1e-10, atol=1e-10)
+
+
+def test_other_lists_are_named():
+    model = nn.ModuleDict({"body": nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))})
+    to_momentum(model, stages=["body"])
+    assert isinstance(model["body"][0], MomentumStack)
 
 
 @pytest.mark.parametrize(
-    "stages, message",
-    [
-        (["layer9"], "got 'layer9', which it has not"),
-        (["conv1"], "got 'conv1', a Conv2d"),
-        (["layer1", "layer9"], "layer9"),
-    ],
+    "stages, sentence",
+    [(None, "got none; name the lists"), (["no"], "got 'no'"), (["0"], "got Linear")],
 )
-def test_conversion_refuses_other_stages_and_changes_nothing(stages, message):
+def test_refuses_a_model_without_such_stages(stages, sentence):
+    with pytest.raises(ValueError, match=f"to_momentum needs .*{sentence}"):
+        to_momentum(nn.Sequential(nn.Linear(4, 4)), stages=stages)
+
+
+def test_a_second_call_finds_nothing_to_change():
+    with pytest.raises(ValueError, match="got none"):
+        to_momentum(to_momentum(TorchvisionLike()))
+
+
+@pytest.mark.parametrize("gamma, mode", [(1.0, "backprop"), (0.0, "reversible")])
+def test_a_refused_gamma_leaves_the_model_as_it_was(gamma, mode):
     model = TorchvisionLike()
-    with pytest.raises(ValueError, match=message):
-        to_momentum(model, 0.9, stages=stages)
-    assert not any(isinstance(m, MomentumStack) for m in model.modules())
-
-
-def test_conversion_refuses_a_model_without_stages():
-    with pytest.raises(ValueError, match="stages called layer1"):
-        to_momentum(nn.Linear(2, 2), 0.9)
-
-
-def test_a_shared_range_keeps_the_velocity_in_its_coordinates():
-    d, r, gamma = 12, 3, 0.8
-    blocks = [nn.Sequential(nn.Linear(d, 7), nn.Tanh(), nn.Linear(7, r)) for _ in range(5)]
-    frame = nn.Linear(r, d, bias=False)
-    stack = SharedRangeStack(blocks, frame, gamma).double()
-    whole = MomentumStack([nn.Sequential(g, frame) for g in blocks], gamma).double()
-    x = torch.randn(6, d, dtype=torch.float64)
-    (ours, z), (theirs, v) = stack.flow(x), whole.flow(x, torch.zeros_like(x))
-    assert z.shape == (6, r)
-    assert (ours - theirs).abs().max() < 1e-13 and (frame(z) - v).abs().max() < 1e-13
-    again, _ = stack.flow(*stack.flow(x))
-    assert (again - whole.flow(*whole.flow(x, torch.zeros_like(x)))[0]).abs().max() < 1e-12
-
-
-@pytest.mark.parametrize(
-    "make, message",
-    [
-        (lambda: to_momentum(TorchvisionLike(), 1.0), "gamma < 1, got 1.0"),
-        (lambda: SharedRangeStack([], nn.Identity()), "at least one block"),
-        (
-            lambda: SharedRangeStack([nn.Linear(4, 2), nn.Linear(4, 3)], nn.Linear(2, 4))(
-                torch.zeros(1, 4)
-            ),
-            "same coordinates",
-        ),
-    ],
-)
-def test_refuses(make, message):
-    with pytest.raises(ValueError, match=message):
-        make()
+    with pytest.raises(ValueError, match="MomentumStack needs"):
+        to_momentum(model, gamma, mode=mode)
+    assert not stacks(model) and len(model.layer1) == 3
