@@ -19,7 +19,9 @@ class FloatState(NamedTuple):
 
     x: Tensor  # float64
     v: Tensor  # float64
-    largest: Tensor  # of the entries met on the way back through a segment, which errors are relative to
+    largest: (
+        Tensor  # of the entries met on the way back through a segment, which errors are relative to
+    )
 
 
 class Segments(NamedTuple):

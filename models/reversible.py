@@ -89,7 +89,7 @@ def way_there(call: Call, x: Tensor, v: Tensor, inputs: Inputs, tape: Tape | Non
 
     Raises: ValueError for values that the arithmetic cannot hold.
     """
-    arithmetic = call.arithmetic
+    arithmetic: Any = call.arithmetic
     fine, state = arithmetic.fine(x) & arithmetic.fine(v), arithmetic.start(x, v)
     for index, block in enumerate(call.blocks):
         state, kept = arithmetic.keep(state, index)

@@ -56,7 +56,7 @@ def decoding(path: Path, kind: str, *own: type[Exception]) -> Iterator[None]:
         yield
     except BadFile:
         raise
-    except (*DECODING_ERRORS, *own) as error:
+    except DECODING_ERRORS + own as error:
         said = " ".join(str(error).split())[:200] or type(error).__name__
         raise BadFile(f"a {kind} file needs to be whole and valid, got {path} ({said})") from error
 

@@ -138,7 +138,7 @@ def _lesion(draw: Generator, liver: Ellipsoid, difficulty: Difficulty) -> Ellips
     direction = draw.normal(size=3)
     u = direction / np.linalg.norm(direction) * 0.6 * draw.uniform() ** (1 / 3)
     centre = liver.centre + (u * liver.axes) @ liver.rotation
-    return ellipsoid(draw, centre, draw.uniform(7, 18, 3), difficulty)
+    return ellipsoid(draw, centre, draw.uniform(7, 18, 3).tolist(), difficulty)
 
 
 def slices(

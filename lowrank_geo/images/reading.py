@@ -47,7 +47,7 @@ class Sample(NamedTuple):
     patient: str | None = None
     part: str | None = None
     place: str = ""
-    index: int = 0
+    index: int = 0  # type: ignore[assignment]
     public: bool = False
 
 
