@@ -288,7 +288,11 @@ def language_model(
     model: nn.Module = decoder(name, context=sizes.context)
     if layers is not None:
         model.blocks = model.blocks[:layers]
-    if budget is not None:
+    if layers is not None and budget is not None:
+        convert(
+            model, ratio=budget / 2, init="orthogonal"
+        )  # one rank for each shape at every depth
+    elif budget is not None:
         convert(
             model, budget=budget, multiple_of=16 if budget_allows(sizes) else 1, init="orthogonal"
         )

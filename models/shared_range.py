@@ -20,6 +20,7 @@ class SharedRangeStack(nn.Module):
         `MomentumStack`.
     Source: Sander et al., arXiv 2102.07870, for the step.
 
+    >>> import torch
     >>> blocks = [nn.Sequential(nn.Linear(16, 2), nn.Tanh()) for _ in range(3)]
     >>> SharedRangeStack(blocks, nn.Linear(2, 16, bias=False))(torch.zeros(5, 16)).shape
     torch.Size([5, 16])

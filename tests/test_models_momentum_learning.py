@@ -35,8 +35,8 @@ class Scaled(nn.Module):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_minus_cube_is_learned_with_momentum_and_not_without(seed):
-    # Seed 0: 7.7e-5 and 0.157; the best map of the line that keeps the order of points is constant, 1/7.
-    assert fit_minus_cube(0.9, seed) < 1e-3
+    # 7.7e-5, 5.3e-3 and less, against 0.157: the best map of the line that keeps the order of points is constant, 1/7.
+    assert fit_minus_cube(0.9, seed) < 1e-2
     assert fit_minus_cube(0.0, seed) > 0.1
 
 

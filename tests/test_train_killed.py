@@ -121,8 +121,12 @@ def test_a_second_process_on_one_folder_is_refused(start, text, tmp_path):
     assert first.poll() is None and read_record(run)["status"] == "running"
 
 
-def test_two_processes_have_the_losses_of_one(start, text, tmp_path):
+# Spectral directions lift singular values at the damping, 1e-3 of the largest, to those of the largest, and with them
+# the rounding in which a sum over two processes differs: 2.6e-5 here, 3e-7 without.
+@pytest.mark.parametrize("optimizer, bound", [("sgd", 1e-5), ("muon", 1e-3)])
+def test_two_processes_have_the_losses_of_one(start, text, tmp_path, optimizer, bound):
     options = ["--data", text, *SIZE, "--steps", 50, "--eval-every", 25, "--dtype", "float32"]
+    options += ["--optimizer", optimizer]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     two = [*torchrun, "--nproc-per-node", "2", "-m", "lowrank_geo", "pretrain"]
     finish(start(*options, "--out", "one"))
@@ -131,5 +135,5 @@ def test_two_processes_have_the_losses_of_one(start, text, tmp_path):
     assert [(x["kind"], x["step"]) for x in one] == [(x["kind"], x["step"]) for x in two]
     losses = [(a["loss"], b["loss"]) for a, b in zip(one, two, strict=True) if "loss" in a]
     assert len(losses) == 52
-    assert max(abs(a - b) / a for a, b in losses) < 1e-5
+    assert max(abs(a - b) / a for a, b in losses) < bound
     assert read_record(Path(tmp_path / "two"))["environment"]["processes"] == 2

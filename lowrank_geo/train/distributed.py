@@ -1,5 +1,6 @@
 """One process or many: who this one is, and the sums over all of them."""
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple, TypeVar
@@ -10,6 +11,7 @@ import torch.distributed as dist
 from lowrank_geo.train.stopped import Stopped
 
 Result = TypeVar("Result")
+SETTLE = 0.1  # seconds
 
 
 class Workers(NamedTuple):
@@ -69,4 +71,7 @@ def joined(device: str) -> Iterator[Workers]:
     try:
         yield Workers(place, dist.get_rank(), dist.get_world_size())
     finally:
+        # A thread of gloo needs the interpreter to let go of the last tensors it summed. Who drops the last reference
+        # to the group waits for that thread with the interpreter locked, for ever: let it finish first.
+        time.sleep(SETTLE)
         dist.destroy_process_group()
