@@ -1,1 +1,50 @@
 """The theory of the optimizers, computed: what settings will do, to be checked against the real classes."""
+
+from lowrank_geo.analysis import linear, qhm
+from lowrank_geo.analysis.coefficients import CounterTerms, counter_terms, flow_coefficients
+from lowrank_geo.analysis.differentials import gradient_of
+from lowrank_geo.analysis.flow import Flow, flow_validity_bound, heavy_ball_flow, momentum_flow
+from lowrank_geo.analysis.frequency import (
+    dynamic_response,
+    effective_gain,
+    frequency_response,
+    gain,
+    gradient_weights,
+    matched_lr,
+)
+from lowrank_geo.analysis.measured import frequency_response_of
+from lowrank_geo.analysis.quadratic import QuadraticFlow, quadratic_flow
+from lowrank_geo.analysis.regularization import (
+    directional_smoothness,
+    modified_loss,
+    modified_loss_of,
+)
+from lowrank_geo.analysis.two_step import TwoStep, two_step, validity_bound
+
+__all__ = [
+    "CounterTerms",
+    "Flow",
+    "QuadraticFlow",
+    "TwoStep",
+    "counter_terms",
+    "directional_smoothness",
+    "dynamic_response",
+    "effective_gain",
+    "flow_coefficients",
+    "flow_validity_bound",
+    "frequency_response",
+    "frequency_response_of",
+    "gain",
+    "gradient_of",
+    "gradient_weights",
+    "heavy_ball_flow",
+    "linear",
+    "matched_lr",
+    "modified_loss",
+    "modified_loss_of",
+    "momentum_flow",
+    "qhm",
+    "quadratic_flow",
+    "two_step",
+    "validity_bound",
+]
