@@ -1,7 +1,9 @@
 """The theory of the optimizers, computed: what settings will do, to be checked against the real classes."""
 
 from lowrank_geo.analysis import linear, qhm
+from lowrank_geo.analysis.balance import balance_change, imbalance
 from lowrank_geo.analysis.coefficients import CounterTerms, counter_terms, flow_coefficients
+from lowrank_geo.analysis.diagonal import implicit_bias, momentum_bias, shrinkage
 from lowrank_geo.analysis.differentials import gradient_of
 from lowrank_geo.analysis.flow import Flow, flow_validity_bound, heavy_ball_flow, momentum_flow
 from lowrank_geo.analysis.frequency import (
@@ -12,6 +14,7 @@ from lowrank_geo.analysis.frequency import (
     gradient_weights,
     matched_lr,
 )
+from lowrank_geo.analysis.manifold import noise_floor, riemannian_flow, riemannian_hessian
 from lowrank_geo.analysis.measured import frequency_response_of
 from lowrank_geo.analysis.quadratic import QuadraticFlow, quadratic_flow
 from lowrank_geo.analysis.regularization import (
@@ -26,6 +29,7 @@ __all__ = [
     "Flow",
     "QuadraticFlow",
     "TwoStep",
+    "balance_change",
     "counter_terms",
     "directional_smoothness",
     "dynamic_response",
@@ -38,13 +42,20 @@ __all__ = [
     "gradient_of",
     "gradient_weights",
     "heavy_ball_flow",
+    "imbalance",
+    "implicit_bias",
     "linear",
     "matched_lr",
     "modified_loss",
     "modified_loss_of",
+    "momentum_bias",
     "momentum_flow",
+    "noise_floor",
     "qhm",
     "quadratic_flow",
+    "riemannian_flow",
+    "riemannian_hessian",
+    "shrinkage",
     "two_step",
     "validity_bound",
 ]

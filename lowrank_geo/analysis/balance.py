@@ -1,0 +1,41 @@
+"""The balance of two factors W = U Vᵀ: gradient flow conserves UᵀU − VᵀV, momentum does not.
+
+The low-rank counterpart of what momentum does to diagonal networks (`lowrank_geo.analysis.diagonal`).
+"""
+
+from torch import Tensor
+
+from lowrank_geo.analysis.coefficients import steady
+from lowrank_geo.analysis.two_step import TwoStep
+
+
+def imbalance(U: Tensor, V: Tensor) -> Tensor:
+    """UᵀU − VᵀV.
+
+    Shapes: U (m, r), V (n, r) -> (r, r), symmetric.
+    Raises: ValueError for factors of different ranks.
+    """
+    if U.shape[-1] != V.shape[-1]:
+        raise ValueError(
+            f"imbalance needs factors of one rank, got {tuple(U.shape)} and {tuple(V.shape)}; pass U (m, r), V (n, r)"
+        )
+    return U.mT @ U - V.mT @ V
+
+
+def balance_change(method: TwoStep, lr: float, gradients: Tensor) -> Tensor:
+    """By how much a run of momentum changes UᵀU − VᵀV: 2 lr γ ∫ (g_Uᵀg_U − g_Vᵀg_V) dt.
+
+    For heavy ball η(1 + μ)/(1 − μ)³ times the integral. For gradient descent the sum over its steps is exact.
+
+    Args: gradients: Σ lr (g_Uᵀg_U − g_Vᵀg_V) over the steps, with g_U = ∂L/∂U and g_V = ∂L/∂V.
+    Shapes: gradients (r, r) -> (r, r).
+    Error:  relative O(lr); 0 without momentum.
+    Source: derived from the first counter term of the flow, arXiv 2506.14806.
+
+    >>> import torch
+    >>> from lowrank_geo.analysis.two_step import two_step
+    >>> from lowrank_geo.optim.filters import HeavyBall
+    >>> balance_change(two_step(HeavyBall(0.0)), 0.1, torch.ones(1, 1))
+    tensor([[0.1000]])
+    """
+    return -2 * lr * float(steady(method, 2)[1]) * gradients  # steady(…)[1] is −γ
