@@ -175,9 +175,17 @@ def stationary_variance(
             f"got {alpha * values.max():.3g}; pass exact=True",
             stacklevel=2,
         )
-    bracket = 1 + 2 * nu * beta / (1 - beta) * (2 * nu * beta / (1 + beta) - 1)
-    trace = alpha / 2 + alpha**2 / 4 * bracket * values
+    trace = alpha / 2 + alpha**2 / 4 * expansion_bracket(beta, nu) * values
     return np.asarray(noise) * trace / values
+
+
+def expansion_bracket(beta: float, nu: float) -> float:
+    """The factor of α²/4 in the paper's expansion of the variance: 1 for SGD, negative for much momentum.
+
+    >>> round(expansion_bracket(0.9, 1.0), 4)  # (1 − β)/(1 + β)
+    0.0526
+    """
+    return 1 + 2 * nu * beta / (1 - beta) * (2 * nu * beta / (1 + beta) - 1)
 
 
 def stationary_loss(

@@ -1,4 +1,4 @@
-"""The command line: `lowrank-geo pretrain`, `plan`, `inspect`, `generate`, `finetune`."""
+"""The command line: `lowrank-geo pretrain`, `plan`, `inspect`, `generate`, `finetune`, `analyze`."""
 
 import sys
 

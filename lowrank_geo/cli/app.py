@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from lowrank_geo.cli.analyze import app as analyze
 from lowrank_geo.cli.display import Display
 from lowrank_geo.cli.options import config_options, given
 from lowrank_geo.cli.refusals import refusals
@@ -21,6 +22,8 @@ app = typer.Typer(
     no_args_is_help=True,
     help="Train models whose weights stay on the manifold of rank-r matrices.",
 )
+
+app.add_typer(analyze, name="analyze")
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
