@@ -97,6 +97,23 @@ def frequency_command(
     show(make, out, debug)
 
 
+@app.command("run")
+def run_command(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
+    *,
+    out: Out = None,
+    debug: Debug = False,
+) -> None:
+    """Signal to noise, curvature, gradient spectrum and transport of a run recorded with --probes."""
+
+    def make() -> "Report":
+        from lowrank_geo.analysis.run_report import run_report
+
+        return run_report(run)
+
+    show(make, out, debug)
+
+
 @app.command("advise")
 def advise_command(
     *,

@@ -16,7 +16,7 @@ CHOICES = {
     "dtype": ("auto", "float32", "bfloat16"),
 }
 AT_LEAST_ONE = ("steps", "batch", "context", "accumulate", "vocab_size")
-NOT_NEGATIVE = ("warmup", "seed", "eval_every", "checkpoint_every", "diagnose_every")
+NOT_NEGATIVE = ("warmup", "seed", "eval_every", "checkpoint_every", "diagnose_every", "probes")
 POSITIVE = ("lr", "euclidean_lr", "clip")
 PER_MACHINE = ("device", "compile", "tensorboard")  # what a resumed run may choose anew
 
@@ -61,6 +61,7 @@ class TrainConfig:
     eval_every: int = option(50, "Steps between evaluations; 0: only at the end.")
     checkpoint_every: int = option(100, "Steps between checkpoints; 0: only at the end.")
     diagnose_every: int = option(25, "Steps between measurements of spectra; 0: only at the end.")
+    probes: int = option(0, "Numbers of gradient and weights each step, for analyze run.")
     device: str = option("auto", "auto, cpu or cuda.")
     dtype: str = option("auto", "Of the computation: auto, float32 or bfloat16.")
     compile: bool = option(False, "Compile model and optimizer with torch.compile.")

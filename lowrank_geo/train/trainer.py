@@ -15,6 +15,7 @@ from lowrank_geo import optim
 from lowrank_geo.diagnostics import snapshot
 from lowrank_geo.models.decoder import Decoder
 from lowrank_geo.optim import schedules
+from lowrank_geo.sketch import Sketch
 from lowrank_geo.train.checkpoint import Checkpoint
 from lowrank_geo.train.config import TrainConfig
 from lowrank_geo.train.distributed import Workers
@@ -51,6 +52,7 @@ class Trainer:
             self.model.compile()
             if isinstance(self.optimizer, optim.RiemannianOptimizer):
                 self.optimizer.compile()
+        self.sketch = Sketch(self.model, config.probes, config.seed) if config.probes else None
         self.parallel: nn.Module = self.model
         if workers.world > 1:
             self.parallel = DistributedDataParallel(self.model)
@@ -71,6 +73,7 @@ class Trainer:
             pieces=self.config.accumulate,
             precision=self.precision,
         )
+        sketches = self._sketches()  # before clipping
         norm = clip(self.model.parameters(), self.config.clip)
         # One wait for the device a step: a step on a gradient that is not finite could not be undone.
         mean, length = (
@@ -93,7 +96,17 @@ class Trainer:
             "tokens": self.step * tokens,
             "seconds": self.seconds,
             "tokens_per_second": tokens / spent,
+            **sketches,
         }
+
+    def _sketches(self) -> Line:
+        if self.sketch is None:
+            return {}
+        found = torch.stack([self.sketch.gradients(), self.sketch.weights()])
+        if not found.isfinite().all():  # what stops the run says so; JSON could not
+            return {}
+        gradient, weight = found.tolist()
+        return {"gradient_sketch": gradient, "weight_sketch": weight}
 
     def _check_finite(self, loss: float, norm: float) -> None:
         if not (math.isfinite(loss) and math.isfinite(norm)):
