@@ -13,7 +13,7 @@ from lowrank_geo.analysis.runs import (
     read_sketches,
     signal_to_noise,
     smoothness,
-    spectrum,
+    spectrum_of_gradients,
 )
 from lowrank_geo.canvas import STEP
 from lowrank_geo.optim import RiemannianSGD
@@ -33,7 +33,7 @@ def run_report(run: Path) -> Report:
     middle = int(recorded.steps[count // 2])
     ratio = signal_to_noise(recorded.gradients)
     at, curvature = smoothness(recorded, max(8, count // 12))
-    omega, power = spectrum(recorded.gradients, min(64, count))
+    omega, power = spectrum_of_gradients(run)
     passed = abs(frequency_response(filter, omega, step=middle)) ** 2 * power
     high = power[omega > np.pi / 2].sum()
     numbers = [

@@ -85,6 +85,16 @@ def spectrum(gradients: np.ndarray, length: int = 64) -> tuple[np.ndarray, np.nd
     return np.linspace(0, np.pi, length // 2 + 1), power / power.sum()
 
 
+def spectrum_of_gradients(run: str | Path) -> tuple[np.ndarray, np.ndarray]:
+    """`spectrum` of a run that recorded sketches, in a frame that does not turn with U and V.
+
+    Shapes: -> ω in radians per update and shares of the power, of one length.
+    Raises: as `read_sketches`.
+    """
+    gradients = read_sketches(run).gradients
+    return spectrum(gradients, min(64, len(gradients)))
+
+
 def smoothness(recorded: Recorded, window: int) -> tuple[np.ndarray, np.ndarray]:
     """Curvature along the steps, ⟨Δg, Δw⟩/|Δw|² over windows of steps: noise of batches averages out of the numerator.
 
