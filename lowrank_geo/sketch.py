@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_geo.geometry import Point
-from lowrank_geo.layers import LowRankLinear, lowrank_layers
+from lowrank_geo.layers import LowRankLayer, lowrank_layers
 
 
 class Sketch:
@@ -34,7 +34,7 @@ class Sketch:
 
     @staticmethod
     def _probes(
-        layer: LowRankLinear, count: int, generator: torch.Generator
+        layer: LowRankLayer, count: int, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
         U, _, V = layer.point
         a, b = (torch.randn(count, len(frame), generator=generator) for frame in (U, V))
@@ -69,5 +69,5 @@ class Sketch:
         return torch.stack(parts).sum(0)
 
 
-def _point(layer: LowRankLinear) -> Point:
+def _point(layer: LowRankLayer) -> Point:
     return Point(*(p.detach() for p in layer.point))

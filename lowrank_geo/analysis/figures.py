@@ -1,7 +1,7 @@
 """The figures of the laboratory: one function per figure, from plain numbers to a matplotlib `Figure`."""
 
 from collections.abc import Mapping, Sequence
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 
@@ -56,9 +56,9 @@ def curves(
     for place, (name, (at, values)) in enumerate(lines.items()):
         colour, dash = COLOURS[place % len(COLOURS)], DASHES[place % len(DASHES)]
         axes.plot(at, values, dash, color=colour, label=name)
-    for place, (name, at) in enumerate((edges or {}).items()):
+    for place, (name, edge) in enumerate((edges or {}).items()):
         axes.axvline(
-            at, color=(GREY, INK)[place % 2], linestyle=":-"[place % 2], linewidth=1, label=name
+            edge, color=(GREY, INK)[place % 2], linestyle=":-"[place % 2], linewidth=1, label=name
         )
     if "x" in logs:
         log_x(axes)
@@ -81,12 +81,16 @@ def bode(
     figure = Figure(figsize=(FULL[0], 3.0))
     gain, phase = cast(list[Axes], list(figure.subplots(1, 2)))
     for place, (name, response) in enumerate(responses.items()):
-        style = dict(color=COLOURS[place % len(COLOURS)], linestyle=DASHES[place % len(DASHES)])
+        style: dict[str, Any] = dict(
+            color=COLOURS[place % len(COLOURS)], linestyle=DASHES[place % len(DASHES)]
+        )
         gain.plot(omega, abs(response), label=name, **style)
         phase.plot(omega, np.degrees(np.angle(response)), **style)
         if name in measured:
             at, found = measured[name]
-            dots = dict(color=style["color"], linestyle="", marker="o", markersize=4)
+            dots: dict[str, Any] = dict(
+                color=style["color"], linestyle="", marker="o", markersize=4
+            )
             gain.plot(at, abs(found), label="measured", **dots)
             phase.plot(at, np.degrees(np.angle(found)), **dots)
     for axes, label in ((gain, "gain |H| (output per gradient)"), (phase, "phase arg H (degrees)")):

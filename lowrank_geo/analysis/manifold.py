@@ -40,7 +40,8 @@ def riemannian_hessian(gradient: Field, point: Point, xi: Tangent) -> Tangent:
             f"{float(torch.linalg.svdvals(point.S)[-1]):.3g}; lower the rank"
         )
     U, S, V = point
-    G, along = jvp(gradient, (to_dense(point),), (embed(point, xi),))
+    value = jvp(gradient, (to_dense(point),), (embed(point, xi),))
+    G, along = value[0], value[1]
     flat = project(point, along)
     left = G @ torch.linalg.solve(S, xi.Vp.mT).mT  # G Vp S⁻ᵀ, (m, r)
     right = G.mT @ torch.linalg.solve(S, xi.Up, left=False)  # Gᵀ Up S⁻¹, (n, r)

@@ -89,11 +89,11 @@ def optimal(curvature_min: float, curvature_max: float, nu: float = 1.0) -> Opti
             _balanced(1 - math.exp(-x), nu, curvature_min, curvature_max)
             for x in np.linspace(low, high, count)
         ]
-        best = min(range(count), key=lambda i: found[i].rate)
+        place = min(range(count), key=[x.rate for x in found].__getitem__)
         width = (high - low) / (count - 1)
-        centre = low + best * width
+        centre = low + place * width
         low, high, count = max(0.0, centre - width), min(LONGEST, centre + width), 30
-    return found[best]
+    return found[place]
 
 
 def _balanced(beta: float, nu: float, low: float, high: float) -> Optimum:
