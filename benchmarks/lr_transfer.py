@@ -35,7 +35,7 @@ def compute(rank: int, metric: str, run: Run) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--metric", choices=["product", "embedded"], default="product")
+    parser.add_argument("--metric", choices=["product", "embedded"], default="embedded")
     parser.add_argument("--ranks", type=int, nargs="+", default=RANKS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

@@ -1,6 +1,7 @@
 """Pre-training with a fraction of the parameters: every method on the same text, from the same starting weights.
 
     python benchmarks/pretrain.py --quick     # up to 30 minutes on 2 cores: rank ratio 1/6, small model
+    python benchmarks/pretrain.py --quick --ratio 3 --ratio 2    # the same model, an hour on 2 cores
     python benchmarks/pretrain.py --full      # about 8 hours on 2 cores: rank ratios 1/6, 1/3, 1/2
 
 A byte-level decoder on Python's standard library; loss in nats per byte on held-out files. Learning rates by
@@ -105,7 +106,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", help="methods whose name matches this regular expression")
     parser.add_argument(
-        "--ratio", type=int, choices=(6, 3, 2), help="with --full, only rank 1/this"
+        "--ratio",
+        type=int,
+        choices=(6, 3, 2),
+        action="append",
+        help="rank 1/this of the width, more than once for more; by default 6, with --full all three",
     )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -113,8 +118,7 @@ def main() -> None:
     name = "full" if arguments.full else "quick"
     store = Store(Path(__file__).parent / "results" / f"pretrain-{name}.jsonl")
     rows = []
-    ratios = (6, 3, 2) if arguments.full else (6,)
-    for ratio in (arguments.ratio,) if arguments.ratio else ratios:
+    for ratio in arguments.ratio or ((6, 3, 2) if arguments.full else (6,)):
         for label, method in methods(task, task.width // ratio).items():
             # Dense rows do not depend on the rank and are computed once.
             key = label if label.startswith("dense") else f"1/{ratio} | {label}"
