@@ -41,22 +41,17 @@ def orthonormalize(K: Tensor, U: Tensor) -> Tensor:
 
     Shifted Cholesky QR, the first Gram in float64. K is first moved by a few rounding errors along a rotated U, which
     bounds its condition number: a singular K keeps its range, K = 0 gives U back. On the CPU, where a look at the
-    numbers waits for nothing, one pass is all for well-conditioned matrices.
+    numbers waits for nothing, well-conditioned matrices take two passes in their own dtype (`twice`).
 
     Shapes: K, U (..., m, r), UᵀU = I -> (..., m, r).
     Error:  |QᵀQ − I|_max below 1e-6 in float32 and 1e-13 in float64, |K − QQᵀK| below 10·eps·√r·|K|, for every K.
     Source: Fukaya et al., Shifted Cholesky QR, SIAM J. Sci. Comput. 42(1), 2020; Yamazaki et al., Mixed-precision
         Cholesky QR, SIAM J. Sci. Comput. 37(3), 2015.
     """
+    if on_host(K) and (Q := twice(K)) is not None:
+        return Q
     K, size = normalized(K)
     dtype, r = K.dtype, K.shape[-1]
-    if on_host(K):
-        Q = K.double()
-        L, failed = torch.linalg.cholesky_ex(symmetric(Q.mT @ Q))
-        R_inv = inverse(L).mT
-        if not failed.any() and R_inv.square().sum((-2, -1)).max() < WELL_CONDITIONED:  # NaN is not
-            Q = Q @ R_inv
-            return Q @ inverse(cholesky(Q)).mT if dtype == torch.float64 else Q.to(dtype)
     Q = K.double() + (U @ (4 * torch.finfo(dtype).eps * mixing(r, U))).double()
     # The shifts keep the Cholesky factors real; the passes after them repair what they did. A matrix of float32 is
     # within reach of float32 after one.
@@ -66,14 +61,34 @@ def orthonormalize(K: Tensor, U: Tensor) -> Tensor:
     return torch.where(size > 0, Q, U)
 
 
+def twice(K: Tensor) -> Tensor | None:
+    """Cholesky QR done twice, or None if a matrix of the batch is not well-conditioned enough for it.
+
+    Four tall products, no copies, no float64. Looks at the numbers of K.
+
+    Shapes: K (..., m, r) -> (..., m, r).
+    Error:  |QᵀQ − I|_max below 6e-7 in float32, |K − QQᵀK| below eps·√r·|K|; both are measured the same up to a
+        hundred times `WELL_CONDITIONED`.
+    Source: Yamamoto et al., Roundoff error analysis of CholeskyQR2, ETNA 44, 2015.
+    """
+    gram = symmetric(K.mT @ K)
+    L, failed = torch.linalg.cholesky_ex(gram)
+    R_inv = inverse(L).mT
+    condition = R_inv.square().sum((-2, -1)) * torch.diagonal(gram, dim1=-2, dim2=-1).sum(-1)
+    # NaN and overflow are not below any bound.
+    if failed.any() or not (condition < WELL_CONDITIONED * K.shape[-1] ** 2).all():
+        return None
+    Q = K @ R_inv
+    return Q @ inverse(cholesky(Q)).mT
+
+
+# Largest |R⁻¹|²|R|²/r² for `twice`, R the triangular factor: it is 1 for orthonormal columns.
+WELL_CONDITIONED = 100.0
+
+
 def on_host(x: Tensor) -> bool:
     """Whether a look at the numbers of x waits for nothing and changes no graph."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-WELL_CONDITIONED = (
-    1e6  # |R⁻¹|² for |K| = 1, R its triangular factor: a float32 Gram resolves that to a tenth
-)
 
 
 def cholesky(Q: Tensor, shift: float = 0.0) -> Tensor:
@@ -167,6 +182,7 @@ POLAR_EXPRESS = (
     (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
     (1.875, -1.25, 0.375),
 )
+HEADROOM = 1.01  # the first polynomials may leave [0, 1] slightly for an argument of exactly 1
 DAMPING = 1e-3
 # Six reach 1.2e-3, as near as float32 resolves the Gram of a singular value at the damping; eight 5e-12.
 STEPS = {torch.float32: 6, torch.float64: 8}
@@ -190,6 +206,22 @@ def msign(X: Tensor, *, damping: float = DAMPING) -> Tensor:
     return X @ sign_factor(X.mT @ X, damping)
 
 
+def polar_express(X: Tensor) -> Tensor:
+    """The polar factor of X by six Polar Express steps on X itself: three quarters of the work of `msign` for square X.
+
+    Shapes: X (..., m, r) -> (..., m, r).
+    Error:  singular values from 1e-3·|X|_F on within 2e-3 of 1, below that 1 000 to 2 000 times as large; 0 stays 0;
+        finite for every finite X.
+    Source: Amsel et al., The Polar Express, arXiv 2505.16932, 2025.
+    """
+    X = normalized(X)[0] / HEADROOM
+    identity = torch.eye(X.shape[-1], dtype=X.dtype, device=X.device)
+    for a, b, c in POLAR_EXPRESS[:6]:
+        gram = X.mT @ X
+        X = X @ (a * identity + plus(b * gram, c * gram, gram))
+    return X
+
+
 def sign_factor(G: Tensor, damping: float = DAMPING) -> Tensor:
     """C with `msign(X)` = X C for |X|_F = 1, from the Gram G = XᵀX alone.
 
@@ -198,12 +230,11 @@ def sign_factor(G: Tensor, damping: float = DAMPING) -> Tensor:
     identity = torch.eye(G.shape[-1], dtype=G.dtype, device=G.device)
     # The damping keeps the Gram positive under rounding, which the growing polynomials need.
     gram = symmetric(G) + damping**2 * identity
-    # 1.01: the first polynomials may leave [0, 1] slightly for an argument of exactly 1.
-    gram, Q = gram / 1.01**2, identity / 1.01
+    gram, Q = gram / HEADROOM**2, None
     steps = POLAR_EXPRESS[: STEPS.get(G.dtype, len(POLAR_EXPRESS))]
     for step, (a, b, c) in enumerate(steps, start=1):
         P = a * identity + plus(b * gram, c * gram, gram)
-        Q = Q @ P
+        Q = P / HEADROOM if Q is None else Q @ P
         if step < len(steps):
             gram = symmetric(P @ gram @ P)
     return Q

@@ -10,7 +10,15 @@ from oracles import damped_sign, orthonormality, polar, rotation
 
 from lowrank_geo import orthonormal
 from lowrank_geo.geometry import random
-from lowrank_geo.orthonormal import damped_basis, inverse_sqrt, msign, orthonormalize, polar_update
+from lowrank_geo.orthonormal import (
+    damped_basis,
+    inverse_sqrt,
+    msign,
+    orthonormalize,
+    polar_express,
+    polar_update,
+    twice,
+)
 
 DTYPES = [torch.float32, torch.float64]
 ORTHONORMAL = {torch.float32: 1e-6, torch.float64: 1e-13}
@@ -60,6 +68,21 @@ def test_basis_of_a_rank_deficient_matrix_keeps_its_range(m, r, dtype):
             Q = orthonormalize(deficient, U)
             assert orthonormality(Q) <= ORTHONORMAL[dtype]
             assert residual(deficient, Q) <= 10
+
+
+@pytest.mark.parametrize("m, r", FRAMES)
+@pytest.mark.parametrize("condition", [1.0, 10.0, 100.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_two_passes_are_enough_or_refused(m, r, condition, dtype):
+    K = graded(m, r, condition, dtype)
+    Q = twice(K)
+    if condition <= 10:
+        assert Q is not None
+    if Q is not None:
+        assert orthonormality(Q) <= ORTHONORMAL[dtype]
+        assert residual(K, Q) <= 1
+    bad = torch.stack([K, torch.full_like(K, torch.nan)]), torch.zeros_like(K), K * torch.finfo(dtype).max ** 0.9
+    assert all(twice(X) is None for X in bad)
 
 
 @everywhere
@@ -237,6 +260,28 @@ def test_msign_matches_the_formula_for_singular_values_below_the_damping(
 ):
     X = spectrum(m, n, condition, dtype)
     assert sign_error(X, msign(X)) <= bound
+
+
+@pytest.mark.parametrize("condition", [1.0, 10.0, 100.0])
+@pytest.mark.parametrize("m, n", TALL_AND_WIDE)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_polar_express_is_the_polar_factor(m, n, condition, dtype):
+    X = spectrum(m, n, condition, dtype)
+    P, _, Q = torch.linalg.svd(X.double(), full_matrices=False)
+    assert torch.linalg.matrix_norm(polar_express(X) - P @ Q, 2).max() <= 2e-3
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_polar_express_lets_small_singular_values_be(dtype):
+    X = spectrum(8, 8, 1e6, dtype)
+    P, sigma, Q = torch.linalg.svd(X.double() / torch.linalg.matrix_norm(X.double()))
+    gain = (P.mT @ polar_express(X).double() @ Q.mT).diagonal() / sigma
+    small = sigma < 1e-4
+    assert small.any() and (gain[small] <= 2000).all()
+    if dtype == torch.float64:  # float32 does not resolve these
+        assert (gain[small] >= 1000).all()
+    assert not polar_express(torch.zeros(2, 3, 3, dtype=dtype)).any()
+    assert polar_express(torch.full((3, 3), torch.finfo(dtype).max, dtype=dtype)).isfinite().all()
 
 
 @pytest.mark.parametrize("damping", [1e-1, 1e-2, 1e-3])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lowrank_geo import dispatch
 from lowrank_geo.geometry import Point, Tangent
-from lowrank_geo.orthonormal import msign
+from lowrank_geo.orthonormal import msign, polar_express
 
 Slots = dict[str, Tangent]  # state by name: one tensor beside each of U, S, V
 State = dict[str, Tensor]  # of one flat parameter, by name
@@ -194,8 +194,7 @@ class ProductSpectral(Spectral):
 
 @dataclass(frozen=True)
 class EmbeddedSpectral(Spectral):
-    """Muon in the embedded metric: the projection to the tangent space of msign of the embedded
-    momentum.
+    """Muon in the embedded metric: the projection to the tangent space of the polar factor of the embedded momentum.
 
     Units: at lr 1, |ξ|₂ ≤ scale·√max(m, n) before the projection, as torch.optim.Muon's
         "match_rms_adamw".
@@ -209,5 +208,5 @@ class EmbeddedSpectral(Spectral):
         core = torch.cat(
             [torch.cat([M, P_v.mT], -1), torch.cat([P_u, torch.zeros_like(M)], -1)], -2
         )
-        Z = msign(core) * (self.scale * max(Up.shape[-2], Vp.shape[-2]) ** 0.5)
+        Z = polar_express(core) * (self.scale * max(Up.shape[-2], Vp.shape[-2]) ** 0.5)
         return Tangent(Q_u @ Z[..., r:, :r], Z[..., :r, :r], Q_v @ Z[..., :r, r:].mT), slots
