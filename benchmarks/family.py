@@ -24,26 +24,29 @@ from lowrank_geo.optim import schedules
 from lowrank_geo.optim.filters import EMA, FSGDM
 
 RANK = QUICK.width // 6
-# The first learning rate of each grid; a name of optim.OPTIMIZERS.
+# The first learning rate of each grid; a name of optim.OPTIMIZERS. The seven of arXiv 2505.21829 are adam, signum,
+# rmsprop, sgd-clipped, signsgd, sgd and sgd without clipping.
 FIRST = {
     "muon": 5e-3,
     "muon-product": 5e-3,
     "adam": 5e-3,
-    "adam-core": 5e-3,
-    "adam-scalar": 5e-3,
-    "qhadam": 5e-3,
-    "adavar": 5e-3,
-    "adamw": 2e-3,
-    "rmsprop": 1e-3,
+    "sgd": 0.1,
+    "fsgdm": 0.05,
     "lion": 2.5e-4,
     "signum": 2.5e-4,
+    "dlrt-adam": 1e-2,
     "signsgd": 2.5e-4,
-    "sgd": 0.1,
+    "rmsprop": 1e-3,
+    "sgd-clipped": 1.0,
+    "dlrt-heavy-ball": 0.1,
+    "adamw": 2e-3,
+    "qhm": 1.0,
+    "qhadam": 5e-3,
+    "adam-scalar": 5e-3,
+    "adam-core": 5e-3,
+    "adavar": 5e-3,
     "sgd-nesterov": 0.1,
     "sgd-plain": 1.0,
-    "sgd-clipped": 1.0,
-    "qhm": 1.0,
-    "fsgdm": 0.05,
 }
 # Without a schedule, to be held against the same rule tuned with one: its first learning rate.
 SCHEDULE_FREE = {
@@ -52,7 +55,8 @@ SCHEDULE_FREE = {
     "schedule-free-polyak": 1e-2,
     "schedule-free-sgd": 1.0,
 }
-OWN_RATE = ("lion", "sign", "sgd", "qhm", "fsgdm")
+OWN_RATE = ("lion", "sign", "sgd", "qhm", "fsgdm", "dlrt-heavy-ball")
+WITHOUT_DECAY = ("sgd", "qhm", "fsgdm", "dlrt-heavy-ball")
 
 
 def make(name: str, model: nn.Module, lr: float) -> torch.optim.Optimizer:
@@ -61,13 +65,25 @@ def make(name: str, model: nn.Module, lr: float) -> torch.optim.Optimizer:
     if name == "sgd-ema":  # RiemannianSGD whose momentum has gain 1
         groups = param_groups(model, **rates)
         return optim.RiemannianSGD(groups, filter=EMA(0.9))
-    decay = 0.0 if name.startswith(("sgd", "qhm", "fsgdm")) else lm.WEIGHT_DECAY
+    decay = 0.0 if name.startswith(WITHOUT_DECAY) else lm.WEIGHT_DECAY
     return optim.build(name, model, **rates, weight_decay=decay, total_steps=QUICK.steps)
 
 
 def compute(name: str, run: Run, **how: Any) -> dict[str, Any]:
     model = lm.lowrank(QUICK, run.seed, RANK)
     return lm.train(model, [make(name, model, run.lr)], QUICK, run.seed, **how)
+
+
+def adaptive(name: str, run: Run) -> dict[str, Any]:
+    """Dynamical low-rank training with room for twice the rank, judged where it is back below it, as others are."""
+    model = optim.reserve(lm.lowrank(QUICK, run.seed, RANK))
+    optimizer = make(name, model, run.lr)
+    record = lm.train(model, [optimizer], QUICK, run.seed)
+    optimizer.truncate()
+    ranks = sorted(optimizer.ranks().values())
+    parameters = sum(p.numel() for p in optim.compact(model).parameters())
+    measured = {"loss": lm.evaluate(model, QUICK), "parameters": parameters, "ranks": ranks}
+    return {**record, **measured, "peak_parameters": record["parameters"]}
 
 
 def level(optimizer: torch.optim.Optimizer, steps: int) -> LambdaLR:
@@ -87,7 +103,10 @@ def gain_of_fsgdm(optimizer: torch.optim.Optimizer, steps: int) -> LambdaLR:
 
 def methods() -> dict[str, tuple[float, Callable[[Run], dict[str, Any]]]]:
     """First learning rate of the grid and run, by the name of the row."""
-    found = {name: (first, partial(compute, name)) for name, first in FIRST.items()}
+    found = {
+        name: (first, partial(adaptive if name.startswith("dlrt") else compute, name))
+        for name, first in FIRST.items()
+    }
     for name, first in SCHEDULE_FREE.items():
         found[f"{name}, no schedule"] = first, partial(compute, name, plan=level)
     found["muon, no schedule"] = FIRST["muon"], partial(compute, "muon", plan=level)
@@ -96,10 +115,18 @@ def methods() -> dict[str, tuple[float, Callable[[Run], dict[str, Any]]]]:
     return found
 
 
-def rows(store: Store) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the table."""
+def rows(store: Store, only: list[str] | None = None) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the table, of all methods or those named.
+
+    Raises: SystemExit naming the rows there are, for another.
+    """
+    every = methods()
+    names = list(every) if only is None else only
+    if unknown := set(names) - set(every):
+        raise SystemExit(f"--only needs rows of {', '.join(every)}, got {', '.join(unknown)}")
     found = []
-    for name, (first, run) in methods().items():
+    for name in names:
+        first, run = every[name]
         row = sweep(store, name, geometric(first, 2.0, 3), run)
         loss = f"{row.loss:.3f} ± {row.spread:.3f}"
         found.append([name, loss, f"{row.lr:.3g}", f"{row.window:.1f}"])

@@ -37,12 +37,13 @@ def main() -> None:
     parser.add_argument("parts", nargs="+", choices=sorted(PARTS))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--images", type=Path, help="part d: a folder of train/CLASS, test/CLASS")
+    parser.add_argument("--only", nargs="+", metavar="ROW", help="part c: these rows, by name")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     for part in arguments.parts:
         store = Store(Path(__file__).parent / "results" / f"optimizers-{part}.jsonl")
-        more = {"images": arguments.images} if part == "d" else {}
-        header, rows = PARTS[part](store, **more)
+        more = {"d": {"images": arguments.images}, "c": {"only": arguments.only}}
+        header, rows = PARTS[part](store, **more.get(part, {}))
         print(table(header, rows))
         records = [dict(zip(header, row, strict=True)) for row in rows]
         print(json.dumps({"benchmark": f"optimizers-{part}", "rows": records, **environment()}))
