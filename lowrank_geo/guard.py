@@ -11,6 +11,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
 _tangent: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_places: WeakIdKeyDictionary = WeakIdKeyDictionary()  # factor -> a token of its layer, its name
 _hook: list[Any] = []  # the handle of the one global hook, installed with the first mark
 
 
@@ -26,6 +27,25 @@ def unmark(parameters: Iterable[Tensor]) -> None:
     """These hold ordinary gradients again."""
     for parameter in parameters:
         _tangent.pop(parameter, None)
+
+
+def place(U: Tensor, S: Tensor, V: Tensor) -> None:
+    """Remember that these are the factors of one layer, whatever its gradients mean."""
+    layer = object()
+    for name, parameter in zip("USV", (U, S, V), strict=True):
+        _places[parameter] = layer, name
+
+
+def is_factor(parameter: Tensor) -> bool:
+    """Whether this is U, S or V of a layer."""
+    return parameter in _places
+
+
+def in_place(U: Tensor, S: Tensor, V: Tensor) -> bool:
+    """Whether these are U, S, V of one layer, in this order, as far as anyone has said."""
+    places = [_places[p] for p in (U, S, V) if p in _places]
+    layers, names = {layer for layer, _ in places}, [name for _, name in places]
+    return not places or (len(layers) == 1 and names == list("USV"))
 
 
 def is_marked(parameter: Tensor) -> bool:

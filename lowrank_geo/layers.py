@@ -36,6 +36,7 @@ class LowRankLayer(nn.Module):
         self.U, self.S, self.V = (nn.Parameter(x) for x in point)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
         self._gradient: Gradient = "factors"
+        self._mark()
 
     @property
     def rank(self) -> int:
@@ -68,6 +69,7 @@ class LowRankLayer(nn.Module):
         self._mark()
 
     def _mark(self) -> None:
+        guard.place(*self.point)
         (guard.mark if self._gradient == "tangent" else guard.unmark)(self.point)
 
     def matrix(self) -> Tensor:

@@ -178,7 +178,10 @@ BAD = {
     "a QHM beta of 1": (lambda: QHM(0.7, 1.0), r"QHM needs beta in \[0, 1\), got 1\.0"),
     "a negative nu": (lambda: QHM(-0.1, 0.9), r"nu >= 0, got -0\.1"),
     "no steps": (lambda: FSGDM(0), "total_steps >= 1, got 0; pass the length"),
-    "no stages": (lambda: FSGDM(10, stages=0), "stages >= 1, got 0"),
+    "no stages": (lambda: FSGDM(10, stages=0), "stages >= 1, got 0; pass e.g. 300"),
+    "steps of None": (lambda: FSGDM(None), "total_steps needs to be a whole number, got None"),
+    "half a stage": (lambda: FSGDM(10, stages=2.5), "stages needs to be a whole number, got 2.5"),
+    "a nu in quotes": (lambda: QHM("0.7", 0.9), "nu needs to be a number, got '0.7'"),
     "a c of zero": (lambda: FSGDM(10, c=0.0), r"c > 0, got 0\.0"),
     "a negative v": (lambda: FSGDM(10, v=-1.0), r"v > 0, got -1\.0"),
     "a negative beta": (lambda: EMA(-0.1), r"EMA needs beta in \[0, 1\), got -0\.1"),
@@ -187,7 +190,7 @@ BAD = {
 
 @pytest.mark.parametrize("make, sentence", BAD.values(), ids=BAD)
 def test_refuses(make, sentence):
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises((ValueError, TypeError), match=sentence):
         make()
 
 

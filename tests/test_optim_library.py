@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from lowrank_geo.optim import RiemannianAdam, RiemannianMuon, RiemannianSGD, param_groups
+from lowrank_geo.optim import RiemannianAdam, param_groups
 from lowrank_geo.optim.euclidean import rounded
 
 
@@ -101,9 +101,17 @@ def test_unknown_keywords_are_refused(make, net):
         cls(param_groups(net), v_coefficient=1.0)
 
 
+# Compiling takes seconds; the parts of these are compiled in the others, too.
+COMPILED_RARELY = ("sgd, clipped", "qhm", "lion", "signum", "adam, scalar", "adavar", "qhadam")
+
+
 @pytest.mark.parametrize(
     "name",
-    ["sgd, splitting", "sgd, norm kept", "fsgdm", "adam", "adam, core", "muon", "muon, product"],
+    [
+        *("sgd, splitting", "sgd, norm kept", "fsgdm", "adam", "adam, core", "muon"),
+        "muon, product",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in COMPILED_RARELY),
+    ],
 )
 def test_compiled_steps_are_the_same_and_compile_once_for_each_shape(
     name, net, data, as_on_a_device
@@ -131,28 +139,39 @@ def test_compiled_steps_are_the_same_and_compile_once_for_each_shape(
         torch.testing.assert_close(p, expected[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_complex_gradients_are_refused():
-    p = nn.Parameter(torch.ones(2, dtype=torch.complex64))
-    optimizer = RiemannianSGD([p])
-    p.grad = torch.ones_like(p)
-    with pytest.raises(
-        RuntimeError, match=r"dense real gradients, got a complex one of shape \(2,\)"
-    ):
+@every_optimizer
+def test_gradients_that_are_not_dense_are_refused_before_anything_moves(make):
+    table = nn.Embedding(5, 3, sparse=True)
+    optimizer = make([{"params": table.parameters()}])
+    table(torch.tensor([1])).sum().backward()
+    before, kept = table.weight.detach().clone(), states(optimizer)
+    with pytest.raises(RuntimeError, match=r"dense real gradients, got a sparse one of shape \(5"):
         optimizer.step()
+    assert torch.equal(table.weight, before)
+    assert all(torch.equal(a, b) for a, b in zip(states(optimizer), kept, strict=True))
 
 
-@pytest.mark.parametrize("optimizer", [RiemannianSGD, RiemannianAdam, RiemannianMuon])
-def test_bfloat16_parameters_follow_steps_below_their_resolution(optimizer):
-    """A thousand steps of 2⁻¹² of the parameter: rounding to nearest would move none of them."""
-    p = nn.Parameter(torch.ones(2000).bfloat16())
-    settings = {"momentum": 0.0} if optimizer is RiemannianSGD else {}
-    made = optimizer([{"params": [p], "lr": 2.0**-12}], **settings)
-    for _ in range(1000):
-        p.grad = torch.ones_like(p)
-        made.step()
-    moved = 1 - p.float().mean().item()
-    assert moved == pytest.approx(1000 * 2.0**-12, rel=0.05)
-    assert {v.dtype for v in made.state[p].values()} == {torch.float32}
+@every_optimizer
+def test_complex_parameters_are_refused(make):
+    p = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+    with pytest.raises(TypeError, match=r"real parameters, got a complex one of shape \(2,\)"):
+        make([{"params": [p]}])
+
+
+@every_optimizer
+def test_bfloat16_parameters_follow_steps_below_their_resolution(make):
+    """Steps of 2⁻¹² of the parameter and less: rounding to nearest would move none of the 4000; worst of 27 x 5
+    draws 1.4 %."""
+    moved = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        p = nn.Parameter(torch.ones(4000, dtype=dtype))
+        optimizer = make([{"params": [p], "lr": 2.0**-12}])
+        for _ in range(100):
+            p.grad = torch.ones_like(p)
+            optimizer.step()
+        moved[dtype] = 1 - p.float().mean().item()
+        assert {v.dtype for v in optimizer.state[p].values()} == {torch.float32}
+    assert moved[torch.bfloat16] == pytest.approx(moved[torch.float32], rel=0.1)
 
 
 def test_stochastic_rounding_is_exact_on_what_bfloat16_holds_and_unbiased_between():

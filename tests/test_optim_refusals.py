@@ -1,6 +1,8 @@
 """What the optimizers refuse, each in one sentence."""
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -9,7 +11,16 @@ from torch import nn
 
 from lowrank_geo import guard
 from lowrank_geo.layers import LowRankLinear
-from lowrank_geo.optim import RiemannianAdam, RiemannianMuon, RiemannianSGD, param_groups
+from lowrank_geo.optim import (
+    AugmentedAdam,
+    RiemannianAdam,
+    RiemannianLion,
+    RiemannianMuon,
+    RiemannianSGD,
+    ScheduleFree,
+    param_groups,
+)
+from lowrank_geo.optim.filters import EMA
 
 
 @pytest.fixture
@@ -34,13 +45,58 @@ BAD = {
         lambda g: RiemannianSGD(g, weight_decay=-0.1),
         "weight_decay needs",
     ),
+    "a beta alone": (
+        lambda g: RiemannianAdam(g, betas=0.9),
+        "betas need to be two numbers, got 0.9",
+    ),
+    "nus alone": (
+        lambda g: RiemannianAdam(g, nus=(1.0,)),
+        r"nus need to be two numbers, got \(1.0,\)",
+    ),
+    "an lr in quotes": (lambda g: RiemannianSGD(g, lr="0.1"), "lr needs to be a number, got '0.1'"),
+    "an lr of None": (lambda g: RiemannianSGD(g, lr=None), "lr needs to be a number, got None"),
+    "several lrs": (
+        lambda g: RiemannianSGD(g, lr=torch.ones(2)),
+        r"lr needs to be one number, got a tensor of shape \(2,\)",
+    ),
+    "an eps of None": (lambda g: RiemannianAdam(g, eps=None), "eps needs to be a number, got None"),
+    "betas of a group": (
+        lambda g: RiemannianLion([{**x, "betas": (0.9, 0)} for x in g]),
+        r"betas\[1\] > 0, got \(0.9, 0\)",
+    ),
+    "a mistyped key": (
+        lambda g: RiemannianSGD([{**x, "weight_decya": 0.1} for x in g]),
+        "got 'weight_decya'; did you mean 'weight_decay'",
+    ),
+    "momentum beside a filter": (
+        lambda g: RiemannianSGD(g, filter=EMA(0.9), nesterov=True),
+        r"a filter or a momentum, got EMA\(.*nesterov=True; leave these out",
+    ),
+    "a filter that is not made": (
+        lambda g: RiemannianSGD(g, filter=EMA),
+        "filter needs a rule of lowrank_geo.optim.filters, got <class",
+    ),
+    "a retraction of another metric": (
+        lambda g: RiemannianSGD(g, metric="product", retraction="svd"),
+        "product metric has a retraction of its own, got 'svd'",
+    ),
+    "a vector as a matrix": (
+        lambda g: RiemannianMuon([{"params": [nn.Parameter(torch.ones(2))], "geometry": "matrix"}]),
+        r"two or more dimensions, got one of shape \(2,\)",
+    ),
+    "a tolerance in quotes": (
+        lambda g: AugmentedAdam(g, tolerance="0.1"),
+        "tolerance needs to be a number, got '0.1'",
+    ),
+    "a class to wrap": (lambda g: ScheduleFree(RiemannianSGD), "needs an optimizer .* got <class"),
+    "no model": (lambda g: param_groups("model"), "needs a torch.nn.Module, got 'model'"),
     "a negative scale": (lambda g: RiemannianMuon(g, rotation=-1.0), "rotation needs to be >= 0"),
 }
 
 
 @pytest.mark.parametrize("make, sentence", BAD.values(), ids=BAD)
 def test_refuses(make, sentence, net):
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises((ValueError, TypeError), match=sentence):
         make(param_groups(net))
 
 
@@ -50,6 +106,28 @@ def test_refuses_a_split_triple(net):
         RiemannianSGD([{"params": triples[:4], "geometry": "fixed_rank"}])
     with pytest.raises(ValueError, match="keep U, S, V together"):
         RiemannianSGD(net.parameters())
+
+
+def test_keys_of_the_user_are_kept(net):
+    groups = [{**group, "name": "mine", "lr_scale": 0.5} for group in param_groups(net)]
+    assert RiemannianSGD(groups).param_groups[0]["lr_scale"] == 0.5
+
+
+def test_refuses_a_model_whose_layers_are_not_seen(net):
+    """`RiemannianMuon(model.parameters())` would treat U, S and V as three matrices like others."""
+    with pytest.raises(ValueError, match=r"by their triples, got .* pass lowrank_geo.param_groups"):
+        RiemannianMuon(net.parameters())
+    for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        with pytest.raises(ValueError, match="by their triples"):
+            RiemannianMuon(twin.parameters())
+
+
+def test_refuses_factors_of_several_layers(net):
+    groups = param_groups(net)
+    (U, S, _), (_, _, V) = net.first.point, net.second.point
+    for triple in ([U, S, V], list(net.third.point)[::-1]):
+        with pytest.raises(ValueError, match="U, S, V of one layer in this order"):
+            RiemannianSGD([{"params": triple, "geometry": "fixed_rank"}, *groups[1:]])
 
 
 def test_refuses_factors_in_the_wrong_order(net):

@@ -15,6 +15,7 @@ from lowrank_geo.optim import euclidean
 from lowrank_geo.optim.checks import check_group, check_state, geometry_of
 from lowrank_geo.optim.groups import by_shape, check_gradient, counts, points_of
 from lowrank_geo.optim.step import Rule, propose, take
+from lowrank_geo.optim.values import check_keys
 
 
 class Pending(NamedTuple):
@@ -62,6 +63,7 @@ class RiemannianOptimizer(Optimizer):
         super().add_param_group(group)
         added = self.param_groups[-1]
         try:
+            check_keys(group, {"params", "layers", *self.defaults})
             check_group(added)
             rule = self.rule(added)
         except (ValueError, TypeError):

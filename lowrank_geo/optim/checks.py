@@ -9,6 +9,7 @@ from torch import Tensor
 from lowrank_geo import guard
 from lowrank_geo.optim.groups import GEOMETRIES, triples
 from lowrank_geo.optim.polyak import Polyak
+from lowrank_geo.optim.values import check_count, check_number, check_pair
 
 
 def geometry_of(group: dict[str, Any]) -> str:
@@ -26,11 +27,28 @@ def geometry_of(group: dict[str, Any]) -> str:
 
 
 def check_group(group: dict[str, Any]) -> None:
-    """Raise ValueError for rates that are none, and for factors where they do not belong."""
+    """Raise ValueError or TypeError for numbers that are out of range, and for factors where they do not belong."""
     check_rate("lr", group["lr"])
     check_rate("weight_decay", group["weight_decay"])
+    if "betas" in group:
+        check_betas(group["betas"])
     fixed = group["geometry"] == "fixed_rank"
     for parameter in group["params"]:
+        if parameter.is_complex():
+            raise TypeError(
+                f"optimizers of lowrank_geo.optim need real parameters, got a complex one of shape "
+                f"{tuple(parameter.shape)}; use torch.view_as_real or another optimizer"
+            )
+        if group["geometry"] == "matrix" and parameter.dim() < 2:
+            raise ValueError(
+                f"a matrix group needs parameters of two or more dimensions, got one of shape "
+                f"{tuple(parameter.shape)}; put it in a group with geometry='euclidean'"
+            )
+        if not fixed and guard.is_factor(parameter) and not guard.is_marked(parameter):
+            raise ValueError(
+                f"optimizers of lowrank_geo.optim need low-rank layers by their triples, got a factor of shape "
+                f"{tuple(parameter.shape)} in a {group['geometry']} group; pass lowrank_geo.param_groups(model)"
+            )
         if fixed != guard.is_marked(parameter):
             shape = tuple(parameter.shape)
             raise ValueError(
@@ -63,14 +81,21 @@ def check_rate(name: str, value: float | Tensor) -> None:
     """
     if isinstance(value, Tensor) and value.device.type != "cpu":
         return
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise ValueError(
+            f"{name} needs to be one number, got a tensor of shape {tuple(value.shape)}; pass a 0-d tensor"
+        )
+    if not isinstance(value, Tensor):
+        check_number(name, value, 1e-3)
     number = float(value)
     if not math.isfinite(number) or number < 0:
         raise ValueError(f"{name} needs to be a finite number >= 0, got {number}; pass e.g. 1e-3")
 
 
 def check_betas(betas: tuple[float, float]) -> None:
-    """Raise ValueError unless both decay rates are in [0, 1)."""
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+    """Raise ValueError or TypeError unless these are two decay rates in [0, 1)."""
+    check_pair("betas", betas, (0.95, 0.95))
+    if not all(0 <= beta < 1 for beta in betas):
         raise ValueError(
             f"betas need to be two numbers in [0, 1), got {betas}; pass e.g. (0.95, 0.95)"
         )
@@ -82,11 +107,11 @@ def check_cycle(group: Mapping[str, Any]) -> None:
         value = group[name]
         if value is None and name == "max_rank":
             continue
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} needs to be a whole number, got {value!r}; pass e.g. {low}")
+        check_count(name, value, low)
         if value < low:
             also = " (min_rank)" if name == "max_rank" else ""
             raise ValueError(f"{name} needs to be >= {low}{also}, got {value}; pass e.g. {low}")
+    check_number("tolerance", group["tolerance"], 0.1)
     if not 0 <= group["tolerance"] < 1:
         raise ValueError(
             f"tolerance needs to be in [0, 1), got {group['tolerance']}; pass e.g. 0.1, a relative error"
@@ -97,9 +122,10 @@ def check_schedule_free(
     optimizer: Any, beta: float, step_size: Any, gradient_at: str, model: Any
 ) -> None:
     """Raise what the docstring of `ScheduleFree` says."""
-    if not hasattr(optimizer, "pending"):
+    if isinstance(optimizer, type) or not hasattr(optimizer, "pending"):
+        got = repr(optimizer) if isinstance(optimizer, type) else type(optimizer).__name__
         raise TypeError(
-            f"ScheduleFree needs an optimizer of lowrank_geo.optim, got {type(optimizer).__name__}; "
+            f"ScheduleFree needs an optimizer of lowrank_geo.optim, got {got}; "
             "use e.g. RiemannianAdam(params, betas=(0.0, 0.99)), which off the manifold is AdamW"
         )
     if getattr(optimizer, "changes_rank", False):
@@ -107,6 +133,7 @@ def check_schedule_free(
             f"ScheduleFree needs an optimizer that keeps the rank, got {type(optimizer).__name__}; "
             "use e.g. RiemannianSGD(params, momentum=0.0)"
         )
+    check_number("ScheduleFree's beta", beta, 0.9)
     if not 0 <= beta <= 1:
         raise ValueError(f"ScheduleFree needs beta in [0, 1], got {beta}; pass e.g. 0.9")
     if gradient_at not in ("collapsed", "branches"):

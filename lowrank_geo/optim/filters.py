@@ -6,6 +6,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from lowrank_geo.optim.values import check_count, check_number
+
 
 class Coefficients(NamedTuple):
     """m ← u·m + v·g; output a·g + b·m with the new m. Numbers, or tensors (L,): one for each of a batch."""
@@ -106,6 +108,7 @@ class QHM:
 
     def __post_init__(self) -> None:
         check_decay("QHM", "beta", self.beta)
+        check_number("QHM's nu", self.nu, 0.7)
         if not self.nu >= 0:
             raise ValueError(f"QHM needs nu >= 0, got {self.nu}; pass e.g. 0.7")
 
@@ -121,7 +124,7 @@ class FSGDM:
     The filter goes from none to a low pass of gain v(1 + 1/c) along the run, the same for every length of it. Past
     total_steps, u stays at its last value.
 
-    Raises: ValueError unless total_steps >= 1, c > 0, v > 0 and stages >= 1.
+    Raises: ValueError unless total_steps >= 1, c > 0, v > 0 and stages >= 1; TypeError for what is no number.
     Source: Li et al., ICLR 2025, arXiv 2411.19671, algorithm 1 (c = 0.033, v = 1, 300 stages).
     """
 
@@ -131,12 +134,12 @@ class FSGDM:
     stages: int = 300
 
     def __post_init__(self) -> None:
-        for name, low in (("total_steps", 1), ("stages", 1)):
-            if not getattr(self, name) >= low:
-                raise ValueError(
-                    f"FSGDM needs {name} >= {low}, got {getattr(self, name)}; pass the length of the run"
-                )
+        for name, what in (("total_steps", "the length of the run"), ("stages", "e.g. 300")):
+            check_count(f"FSGDM's {name}", getattr(self, name), 300)
+            if not getattr(self, name) >= 1:
+                raise ValueError(f"FSGDM needs {name} >= 1, got {getattr(self, name)}; pass {what}")
         for name in ("c", "v"):
+            check_number(f"FSGDM's {name}", getattr(self, name), 0.033 if name == "c" else 1.0)
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(
                     f"FSGDM needs {name} > 0, got {getattr(self, name)}; pass e.g. "
@@ -175,6 +178,7 @@ def gathered(rule: "EMA | QHM", step: Tensor) -> float | Tensor:
 
 
 def check_decay(call: str, name: str, beta: float) -> None:
-    """Raise ValueError, naming `call`, unless a decay rate is in [0, 1)."""
+    """Raise ValueError or TypeError, naming `call`, unless a decay rate is in [0, 1)."""
+    check_number(f"{call}'s {name}", beta, 0.95)
     if not 0 <= beta < 1:
         raise ValueError(f"{call} needs {name} in [0, 1), got {beta}; pass e.g. 0.95")

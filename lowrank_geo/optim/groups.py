@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowrank_geo import guard
 from lowrank_geo.functional import Gradient
 from lowrank_geo.geometry import Point
 from lowrank_geo.layers import check_orthonormal, lowrank_layers
@@ -34,8 +35,10 @@ def param_groups(
         vectors. None for the default of the optimizer. dense: parts of module names that hold
         embeddings or output heads, never treated as matrices. gradient: "factors" for optimizers
         of other packages, which may leave U and V as they like.
-    Raises: ValueError if a triple is only partly frozen or its U or V is not orthonormal.
+    Raises: ValueError if a triple is only partly frozen or its U or V is not orthonormal; TypeError for no module.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"param_groups needs a torch.nn.Module, got {model!r}; pass the model")
     layers = dict(lowrank_layers(model))
     trained = {name: layer for name, layer in layers.items() if trains(name, layer.point)}
     for layer in trained.values():
@@ -111,6 +114,11 @@ def triples(group: dict[str, Any]) -> list[Point]:
             raise ValueError(
                 f"a fixed_rank group needs U (m, r), S (r, r), V (n, r), got {shapes} at position "
                 f"{3 * index}; pass the factors of each layer in this order"
+            )
+        if not guard.in_place(*point):
+            raise ValueError(
+                f"a fixed_rank group needs U, S, V of one layer in this order, got factors of several layers or "
+                f"another order at position {3 * index}, of shapes {shapes}; use lowrank_geo.param_groups"
             )
         check_orthonormal(point, "a fixed_rank group")
     return points

@@ -74,12 +74,19 @@ PRODUCT = Metric("product", product_factors, product_move)
 
 @cache  # the same object each time: torch.compile guards on its functions
 def metric_named(name: str, retraction_method: str = "orthographic") -> Metric:
-    """The metric called "embedded" or "product".
+    """The metric called "embedded" or "product"; the second has one retraction.
 
-    Raises: ValueError for another name.
+    Raises: ValueError for another name, or a retraction that the metric does not have.
     """
     if name == "embedded":
         return embedded(retraction_method)
     if name == "product":
+        if (
+            retraction_method != "orthographic"
+        ):  # the default of the optimizers, which name no metric
+            raise ValueError(
+                f"the product metric has a retraction of its own, got {retraction_method!r}; leave it out, or "
+                "pass metric='embedded'"
+            )
         return PRODUCT
     raise ValueError(f"metric needs to be 'embedded' or 'product', got {name!r}; use one of them")

@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lowrank_geo.optim.values import check_number
+
 
 @dataclass(frozen=True)
 class Polyak:
@@ -30,6 +32,7 @@ class Polyak:
     floor: float = 1e-12
 
     def __post_init__(self) -> None:
+        check_number("Polyak's lower_bound", self.lower_bound, 0.0)
         if not math.isfinite(self.lower_bound):
             raise ValueError(
                 f"Polyak needs a finite lower_bound, got {self.lower_bound}; pass 0.0 for losses >= 0"

@@ -10,6 +10,7 @@ from lowrank_geo.optim.directions import Clip, Identity
 from lowrank_geo.optim.filters import Filter, HeavyBall, Nesterov
 from lowrank_geo.optim.metrics import metric_named
 from lowrank_geo.optim.step import Rule
+from lowrank_geo.optim.values import check_number
 
 
 class RiemannianSGD(RiemannianOptimizer):
@@ -19,7 +20,7 @@ class RiemannianSGD(RiemannianOptimizer):
         state_dict. clip: largest coordinate of the filtered gradient. keep_norm: rescale the transported momentum to
         the norm it had, so that the filter has the gain it was designed with.
     Units: lr is W per gradient, as in torch.optim.SGD.
-    Raises: ValueError for a momentum out of [0, 1), a negative lr, an unknown metric or retraction.
+    Raises: ValueError for a momentum out of [0, 1) or beside a filter, a negative lr, an unknown metric or retraction.
     Source: Absil, Mahony & Sepulchre, Optimization Algorithms on Matrix Manifolds, 2008 (the
         retraction framework).
     """
@@ -40,11 +41,17 @@ class RiemannianSGD(RiemannianOptimizer):
         metric: str = "embedded",
         retraction: str = "orthographic",
     ) -> None:
+        check_number("momentum", momentum, 0.9)
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum needs to be in [0, 1), got {momentum}; pass e.g. 0.9")
-        if filter is not None and not hasattr(filter, "coefficients"):
+        if filter is not None and (isinstance(filter, type) or not hasattr(filter, "coefficients")):
             raise TypeError(
                 f"filter needs a rule of lowrank_geo.optim.filters, got {filter!r}; pass e.g. QHM(0.7, 0.99)"
+            )
+        if filter is not None and (nesterov or momentum not in (0.0, 0.9)):
+            raise ValueError(
+                f"RiemannianSGD needs a filter or a momentum, got {filter!r} beside momentum={momentum}, "
+                f"nesterov={nesterov}; leave these out"
             )
         self._filter = filter
         defaults = dict(

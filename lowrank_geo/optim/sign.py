@@ -74,8 +74,6 @@ class RiemannianLion(RiemannianOptimizer):
         retraction: str = "orthographic",
     ) -> None:
         check_betas(betas)
-        if betas[1] == 0:
-            raise ValueError(f"RiemannianLion needs betas[1] > 0, got {betas}; pass (0.9, 0.99)")
         defaults = dict(
             lr=lr,
             betas=tuple(betas),
@@ -89,4 +87,8 @@ class RiemannianLion(RiemannianOptimizer):
     def rule(self, group: dict[str, Any]) -> Rule:
         metric = metric_named(group["metric"], group["retraction"])
         beta1, beta2 = group["betas"]
+        if beta2 == 0:
+            raise ValueError(
+                f"RiemannianLion needs betas[1] > 0, got {group['betas']}; pass (0.9, 0.99)"
+            )
         return Rule(metric, QHM(beta1 / beta2, beta2), Sign())

@@ -13,6 +13,7 @@ from torch import Tensor
 from lowrank_geo.geometry import Point, Tangent
 from lowrank_geo.optim.directions import FlatSignal, Signal, Slots, State
 from lowrank_geo.optim.filters import unbias
+from lowrank_geo.optim.values import check_number
 
 Over = Literal["row", "matrix", "core"]
 
@@ -43,6 +44,7 @@ class Variance:
     def __post_init__(self) -> None:
         if not 0 <= self.beta < 1:
             raise ValueError(f"Variance needs beta in [0, 1), got {self.beta}; pass e.g. 0.95")
+        check_number("eps", self.eps, 1e-8)
         if not self.eps >= 0:
             raise ValueError(f"Variance needs eps >= 0, got {self.eps}; pass e.g. 1e-8")
         if self.gamma is not None and not self.gamma >= 0:

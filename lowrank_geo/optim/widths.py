@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from lowrank_geo.geometry import Point
 from lowrank_geo.layers import LowRankLayer, lowrank_layers
 from lowrank_geo.optim.augmentation import used_rank
+from lowrank_geo.optim.values import check_number
 
 
 @torch.no_grad()
@@ -24,6 +25,7 @@ def reserve(model: nn.Module, factor: float = 2.0) -> nn.Module:
     >>> layer.U.shape, layer.S.shape, layer.V.shape
     (torch.Size([6, 4]), torch.Size([4, 4]), torch.Size([5, 4]))
     """
+    check_number("reserve's factor", factor, 2.0)
     if not factor >= 1:
         raise ValueError(f"reserve needs a factor >= 1, got {factor}; pass e.g. 2.0")
     for _, layer in lowrank_layers(model):
