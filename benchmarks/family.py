@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable
 from functools import partial
+from statistics import fmean, median
 from typing import Any
 
 import language_model as lm
@@ -22,6 +23,7 @@ from lowrank_geo import optim, param_groups
 from lowrank_geo.data import Batches
 from lowrank_geo.optim import schedules
 from lowrank_geo.optim.filters import EMA, FSGDM
+from lowrank_geo.train.step import descend
 
 RANK = QUICK.width // 6
 # The first learning rate of each grid; a name of optim.OPTIMIZERS. The seven of arXiv 2505.21829 are adam, signum,
@@ -133,22 +135,32 @@ def rows(store: Store, only: list[str] | None = None) -> tuple[list[str], list[l
     return ["optimizer", "loss, nats/byte", "best lr", "lr window"], found
 
 
-def step_costs(repeats: int = 15) -> tuple[list[str], list[list[str]]]:
-    """Milliseconds of a step on the same layers, medians of interleaved repeats, over that of torch's AdamW."""
+def step_costs(cycles: int = 3) -> tuple[list[str], list[list[str]]]:
+    """Milliseconds of a step on the same layers, interleaved, over that of torch's AdamW.
+
+    Every step of a cycle of augmentation and truncation has its median over the cycles; a row is their mean.
+    """
     calls: dict[str, Callable[[], Any]] = {}
-    for name in FIRST:
+    for name in [*FIRST, *SCHEDULE_FREE]:
         model = lm.lowrank(QUICK, 0, RANK)
-        optimizer = make(name, model, 1e-4)
+        optimizer = make(name, optim.reserve(model) if name.startswith("dlrt") else model, 1e-4)
+        if isinstance(optimizer, optim.ScheduleFree):
+            optimizer.train()
         x, y = Batches(lm.tokens().train, context=QUICK.context, batch=1, seed=0).at(0)
-        F.cross_entropy(model(x).flatten(0, 1), y.flatten()).backward()
-        calls[name] = optimizer.step
+        loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten())
+        loss.backward()
+        calls[name] = partial(descend, optimizer, loss.item())
+    length = 11  # of the default cycle
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for repeat in range(repeats + 2):
+    for repeat in range((cycles + 1) * length):
         for name, call in calls.items():
             start = time.perf_counter()
             call()
-            if repeat >= 2:
+            if repeat >= length:
                 times[name].append(time.perf_counter() - start)
-    medians = {name: sorted(t)[len(t) // 2] for name, t in times.items()}
-    cells = [[n, f"{1e3 * t:.1f}", f"{t / medians['adamw']:.2f}"] for n, t in medians.items()]
+    costs = {
+        name: fmean(median(t[phase::length]) for phase in range(length))
+        for name, t in times.items()
+    }
+    cells = [[n, f"{1e3 * t:.1f}", f"{t / costs['adamw']:.2f}"] for n, t in costs.items()]
     return ["optimizer", "ms/step", "over torch's AdamW"], cells

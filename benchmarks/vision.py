@@ -1,6 +1,7 @@
 """Part d of optimizers.py: VGG-16 and a ViT with 25 % and 5.65 % of their parameters, ours and dynamical low-rank ones.
 
-    python benchmarks/optimizers.py d                    # scikit-learn's digits, about 3 hours on 2 cores
+    python benchmarks/optimizers.py d                    # scikit-learn's digits, about 4 hours on one core
+    python benchmarks/optimizers.py d --quick            # three optimizers, VGG-16, two epochs: 40 minutes
     python benchmarks/optimizers.py d --images FOLDER    # e.g. CIFAR-10: FOLDER/train/CLASS/*.png, FOLDER/test/...
 
 Fixed-rank rows get their ranks from `plan_ranks(budget=...)`. Dynamical low-rank training chooses them itself, by its
@@ -28,7 +29,8 @@ from lowrank_geo.models.vit import ViT, ViTConfig
 from lowrank_geo.optim import schedules
 
 SIDE, BATCH, EPOCHS = 32, 32, 6
-BUDGETS = (0.25, 0.0565)
+QUICK = ("muon", "adam", "dlrt-adam")
+BUDGETS = (0.0565, 0.25)
 FIRST = {"muon": 5e-3, "adam": 2.5e-3, "sgd": 0.025, "dlrt-adam": 2.5e-3, "dlrt-heavy-ball": 0.025}
 
 
@@ -98,7 +100,12 @@ def used(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
 
 
 def compute(
-    name: str, build: Callable[[Images], nn.Module], budget: float, data: Images, run: Run
+    name: str,
+    build: Callable[[Images], nn.Module],
+    budget: float,
+    data: Images,
+    epochs: int,
+    run: Run,
 ) -> dict[str, Any]:
     torch.manual_seed(run.seed)
     model = build(data)
@@ -106,16 +113,18 @@ def compute(
     # Room for the ranks to grow; twice the budget is what augmentation may use at its peak.
     room = 2.0 if name.startswith("dlrt") else 1.0
     model = convert(model, budget=min(1.0, room * budget), init="spectral")
-    (x, y), steps = data.train, EPOCHS * (len(data.train[0]) // BATCH)
+    (x, y), steps = data.train, epochs * (len(data.train[0]) // BATCH)
     optimizer = optim.build(name, model, lr=run.lr, euclidean_lr=2e-3, total_steps=steps)
     schedule = schedules.cosine(optimizer, steps, warmup=0.1)
     model.train()
-    for _ in range(EPOCHS):
+    for _ in range(epochs):
         for rows in torch.randperm(len(x))[: len(x) // BATCH * BATCH].split(BATCH):
             optimizer.zero_grad()
             F.cross_entropy(model(x[rows]), y[rows]).backward()
             optimizer.step()
             schedule.step()
+    if isinstance(optimizer, optim.AugmentedAdam | optim.AugmentedHeavyBall):
+        optimizer.truncate()
     model.eval()
     with torch.no_grad():
         scores = torch.cat([model(part) for part in data.test[0].split(256)])
@@ -126,16 +135,21 @@ def compute(
     }
 
 
-def rows(store: Store, images: Path | None = None) -> tuple[list[str], list[list[str]]]:
+def rows(
+    store: Store, images: Path | None = None, *, quick: bool = False
+) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the table."""
+    models = {"VGG-16": vgg} if quick else MODELS
+    first_rates = {name: lr for name, lr in FIRST.items() if name in QUICK or not quick}
+    epochs = 2 if quick else EPOCHS
     data = digits() if images is None else folder(images)
     label = "digits" if images is None else images.name
     found = []
-    for model, build in MODELS.items():
+    for model, build in models.items():
         for budget in BUDGETS:
-            for name, first in FIRST.items():
-                key = f"{label} | {model} | {budget:.2%} | {name}"
-                run = partial(compute, name, build, budget, data)
+            for name, first in first_rates.items():
+                key = f"{label} | {model} | {epochs} epochs | {budget:.2%} | {name}"
+                run = partial(compute, name, build, budget, data, epochs)
                 row = sweep(store, key, geometric(first, 2.0, 3), run)
                 records = [r for k, r in store.records.items() if (k.method, k.lr) == (key, row.lr)]
                 error, share = (
