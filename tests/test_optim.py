@@ -3,6 +3,7 @@
 import copy
 import io
 import math
+import pickle
 
 import pytest
 import torch
@@ -112,6 +113,63 @@ def test_state_dict_round_trip_continues_bit_for_bit(make, net, data):
     assert all(torch.equal(p, expected[name]) for name, p in again.named_parameters())
     for ours, theirs in zip(states(resumed), states(optimizer), strict=True):
         assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda pair: pickle.loads(pickle.dumps(pair)),
+}
+
+
+@pytest.mark.parametrize("duplicate", COPIES.values(), ids=COPIES)
+@every_optimizer
+def test_a_copy_continues_bit_for_bit_and_on_its_own(make, net, data, duplicate):
+    optimizer = make(param_groups(net, weight_decay=0.1))
+    warmup_stable_decay(optimizer, 10)  # hangs a function of its own on the optimizer
+    run(net, optimizer, data, 3)
+    other, copied = duplicate((net, optimizer))
+    assert type(copied) is type(optimizer) and copied.transports() == optimizer.transports()
+    kept = snapshot(other)
+    run(net, optimizer, data, 3)
+    assert all(torch.equal(p, kept[name]) for name, p in other.named_parameters())
+    run(other, copied, data, 3)
+    expected = snapshot(net)
+    assert all(torch.equal(p, expected[name]) for name, p in other.named_parameters())
+    for ours, theirs in zip(states(copied), states(optimizer), strict=True):
+        assert torch.equal(ours, theirs)
+    # And with groups that are added later.
+    late = LowRankLinear(4, 4, 2)
+    copied.add_param_group(param_groups(late)[0])
+
+
+@every_optimizer
+def test_a_copy_without_its_model_takes_the_same_step(make, net, data):
+    optimizer = make(param_groups(net))
+    run(net, optimizer, data, 2)
+    copied = copy.deepcopy(optimizer)
+    backward(net, data)
+    pairs = [
+        (p, q)
+        for ours, theirs in zip(copied.param_groups, optimizer.param_groups, strict=True)
+        for p, q in zip(ours["params"], theirs["params"], strict=True)
+    ]
+    for p, q in pairs:
+        p.grad = None if q.grad is None else q.grad.clone()
+    optimizer.step()
+    copied.step()
+    assert all(torch.equal(p, q) for p, q in pairs)
+
+
+def test_a_copy_of_a_compiled_optimizer_is_compiled(net, data):
+    optimizer = RiemannianSGD(param_groups(net), lr=0.05)
+    optimizer.compile(backend="eager")
+    run(net, optimizer, data, 1)
+    other, copied = pickle.loads(pickle.dumps((net, optimizer)))
+    assert "_propose_step" in vars(copied)
+    run(net, optimizer, data, 1)
+    run(other, copied, data, 1)
+    expected = snapshot(net)
+    assert all(torch.equal(p, expected[name]) for name, p in other.named_parameters())
 
 
 @every_optimizer

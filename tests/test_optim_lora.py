@@ -1,6 +1,7 @@
 """LoRAPreconditioned: the manifold step on plain A and B, against the same step on U S Vᵀ."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -150,6 +151,30 @@ def test_its_state_is_plain_tensors_and_goes_on_bit_for_bit(tmp_path):
     straight, _ = trained(6)
     for a, b in zip(resumed.state_dict().values(), straight.state_dict().values(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("pickled", [True, False], ids=["pickle", "deepcopy"])
+def test_a_copy_continues_bit_for_bit(pickled):
+    model, (x, y) = adapted(modules_to_save=["4"], target_modules=["0", "2"]), data()
+
+    def train(model, optimizer):
+        for _ in range(3):
+            (model(x) - y).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    pair = model, LoRAPreconditioned(model, lr=0.05)
+    train(*pair)
+    copied = pickle.loads(pickle.dumps(pair)) if pickled else copy.deepcopy(pair)
+    train(*pair)
+    train(*copied)
+    weights, theirs = (each[0].state_dict().values() for each in (pair, copied))
+    assert all(map(torch.equal, weights, theirs))
+    states = (
+        [v for s in each[1].state_dict()["state"].values() for v in s.values()]
+        for each in (pair, copied)
+    )
+    assert all(map(torch.equal, *states))
 
 
 def test_a_schedule_of_the_learning_rate_is_followed():

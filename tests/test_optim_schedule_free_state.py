@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 
 import pytest
 import torch
@@ -43,6 +44,22 @@ def test_a_step_of_nothing_changes_nothing(net, data, form, training):
     assert same(points, snapshot(net)) and optimizer.training is training
     after = optimizer.state_dict()
     assert all(same(s, after["state"][key]) for key, s in state["state"].items())
+
+
+@every_form
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("pickled", [True, False], ids=["pickle", "deepcopy"])
+def test_a_copy_continues_bit_for_bit(net, data, form, training, pickled):
+    optimizer = build(net, form)
+    train(net, optimizer, data, 3)
+    optimizer.train(training)
+    pair = (net, optimizer)
+    other, copied = pickle.loads(pickle.dumps(pair)) if pickled else copy.deepcopy(pair)
+    assert copied.training is training and copied.state is copied.optimizer.state
+    for model, each in ((net, optimizer), (other, copied)):
+        train(model, each, data, 3)
+        each.eval()
+    assert same(snapshot(net), snapshot(other))
 
 
 @every_form

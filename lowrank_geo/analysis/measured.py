@@ -1,5 +1,6 @@
 """What an optimizer's own momentum does to gradients of one frequency, measured on a copy of it."""
 
+import copy
 import math
 from collections import defaultdict
 from typing import Any
@@ -104,9 +105,7 @@ def _driven(
 
 def _twin(optimizer: RiemannianOptimizer, group: int) -> tuple[RiemannianOptimizer, dict[str, Any]]:
     """A copy of one group with copies of its parameters, fresh momentum and learning rate 0."""
-    # copy.copy keeps state and groups only: torch's optimizers drop all other attributes.
-    twin = object.__new__(type(optimizer))
-    twin.__dict__.update(optimizer.__dict__)
+    twin = copy.copy(optimizer)
     theirs = optimizer.param_groups[group]
     copies = [p.detach().clone().requires_grad_() for p in theirs["params"]]
     if theirs["geometry"] == "fixed_rank":

@@ -56,7 +56,7 @@ class AugmentedOptimizer(RiemannianOptimizer):
         """
         self._propose_core = torch.compile(propose_core, fullgraph=True, **options)
         self._take_core = torch.compile(take_core, fullgraph=True, **options)
-        self._compiled = True
+        self._compiled = options
 
     _propose_core = staticmethod(propose_core)
     _take_core = staticmethod(take_core)
@@ -88,13 +88,13 @@ class AugmentedOptimizer(RiemannianOptimizer):
             if not isinstance(lr, Tensor):
                 if lr == 0:
                     return  # not even the frames turn
-                if self._compiled:  # a number would be compiled in
+                if self._compiled is not None:  # a number would be compiled in
                     lr = torch.full((), lr, device=core.rank.device)
             taken = self._take_core(cycle, event, core, proposal, lr, group["weight_decay"])
             self._store(points, taken.core)
             if event.truncate:
                 for at, kept in zip(points, taken.kept.unbind(), strict=True):
-                    self._transports[id(at.S)] = kept
+                    self._transports[at.S] = kept
 
         return Pending(group, lambda: proposal.slope().sum(), move)
 

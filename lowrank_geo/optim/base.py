@@ -13,6 +13,7 @@ from lowrank_geo import guard
 from lowrank_geo.geometry import Point, Tangent
 from lowrank_geo.optim import euclidean
 from lowrank_geo.optim.checks import check_group, check_state, geometry_of
+from lowrank_geo.optim.copies import mark, with_marks
 from lowrank_geo.optim.groups import by_shape, check_gradient, counts, points_of
 from lowrank_geo.optim.step import Rule, propose, take
 from lowrank_geo.optim.values import check_keys
@@ -43,9 +44,20 @@ class RiemannianOptimizer(Optimizer):
         euclidean_lr: float | Tensor | None = None,
     ) -> None:
         self._euclidean_lr = defaults["lr"] if euclidean_lr is None else euclidean_lr
-        self._transports: dict[int, Tensor] = {}
-        self._propose_step, self._take_step, self._compiled = propose, take, False
+        self._transports: dict[Tensor, Tensor] = {}  # S -> τ
+        self._compiled: dict[str, Any] | None = None  # the options
         super().__init__(params, {"geometry": "euclidean", "maximize": False, **defaults})
+
+    _propose_step = staticmethod(propose)
+    _take_step = staticmethod(take)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return with_marks(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(mark(state))
+        if state.get("_compiled") is not None:
+            self.compile(**state["_compiled"])
 
     def rule(self, group: dict[str, Any]) -> Rule:
         """Metric, filter and direction for a group; off the manifold the metric says nothing."""
@@ -96,7 +108,7 @@ class RiemannianOptimizer(Optimizer):
         """
         self._propose_step = torch.compile(propose, fullgraph=True, **options)
         self._take_step = torch.compile(take, fullgraph=True, **options)
-        self._compiled = True
+        self._compiled = options
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -145,7 +157,9 @@ class RiemannianOptimizer(Optimizer):
 
         @torch.no_grad()
         def move(lr: float | Tensor) -> None:
-            if self._compiled and not isinstance(lr, Tensor):  # a number would be compiled in
+            if self._compiled is not None and not isinstance(
+                lr, Tensor
+            ):  # a number would be compiled in
                 lr = torch.full((), lr, device=point.S.device)
             moved = self._take_step(rule, point, proposal, lr, group["weight_decay"])
             for column, new in zip(columns, moved.point, strict=True):
@@ -154,7 +168,7 @@ class RiemannianOptimizer(Optimizer):
                 for column, part in zip(columns, parts, strict=True):
                     store([self.state[p][name] for p in column], part)
             for at, tau in zip(points, moved.transport.unbind(), strict=True):
-                self._transports[id(at.S)] = tau
+                self._transports[at.S] = tau
 
         return Pending(group, lambda: proposal.slope().sum(), move)
 
@@ -193,8 +207,8 @@ class RiemannianOptimizer(Optimizer):
         found = {}
         for group in self.param_groups:
             for name, S in zip(group.get("layers", ()), group["params"][1::3], strict=False):
-                if id(S) in self._transports:
-                    found[name] = float(self._transports[id(S)])
+                if S in self._transports:
+                    found[name] = float(self._transports[S])
         return found
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

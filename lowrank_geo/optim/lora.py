@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from lowrank_geo import guard
 from lowrank_geo.geometry import Point, project_factors
 from lowrank_geo.optim.base import RiemannianOptimizer
+from lowrank_geo.optim.copies import attributes
 from lowrank_geo.optim.groups import by_shape
 from lowrank_geo.optim.muon import RiemannianMuon
 from lowrank_geo.orthonormal import orthonormalize
@@ -81,6 +82,13 @@ class LoRAPreconditioned(Optimizer):
             group.update({key: inner[key] for key in RATES})
         super().__init__(shown, {})
         self._show_state()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return attributes(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._show_state()  # a copied parameter no longer shares memory with what shows it
 
     def _show_state(self) -> None:
         """Let the state of the factors be that of their point: the same tensors, changed in place."""

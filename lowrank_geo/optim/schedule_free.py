@@ -13,6 +13,7 @@ from lowrank_geo.optim import iterates
 from lowrank_geo.optim.averaging import average_named
 from lowrank_geo.optim.base import RiemannianOptimizer
 from lowrank_geo.optim.checks import check_loss, check_schedule_free
+from lowrank_geo.optim.copies import attributes
 from lowrank_geo.optim.polyak import Polyak, scalars
 from lowrank_geo.optim.second_points import SecondPoints
 from lowrank_geo.optim.weights import Weights, weights_named
@@ -80,6 +81,9 @@ class ScheduleFree(Optimizer):
         self._second.remove(self.param_groups)
         for group in self.param_groups:
             self._adopt(group, training=True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return attributes(self)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters to the wrapped optimizer, with z = x = what they are."""
