@@ -92,7 +92,7 @@ OPTIMIZERS = {
 
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_the_state_on_the_manifold_follows_the_formula_too(make):
-    model = nn.Sequential(LowRankLinear(6, 5, 2), nn.Linear(5, 2))
+    model = nn.Sequential(LowRankLinear(6, 5, 3), nn.Linear(5, 2))
     optimizer = make(param_groups(model))
     before = [p.detach().clone() for p in model.parameters()]
     for at, group in enumerate(optimizer.param_groups):

@@ -81,30 +81,33 @@ def test_the_hessian_is_symmetric():
     assert float(one) == pytest.approx(float(other), rel=1e-10)
 
 
-@pytest.mark.parametrize("retraction", ["svd", "orthographic"])
 @pytest.mark.parametrize("mu", [0.5, 0.8])
 @pytest.mark.parametrize("order", [1, 2])
-def test_the_flow_follows_the_real_optimizer_to_its_order(order, mu, retraction):
+def test_the_flow_follows_the_real_optimizer_to_its_order(order, mu):
     gradient, start = completion()
-    errors, scale = [], 0.04 * (1 - math.sqrt(mu)) ** 2
+    errors, scale = {"svd": [], "orthographic": []}, 0.04 * (1 - math.sqrt(mu)) ** 2
     for lr in (scale, scale / 2):
-        steps = round(0.3 * (1 - mu) / lr)
-        model, optimizer = layers_at([start], lr=lr, momentum=mu, retraction=retraction)
-        gap = 0.0
-        for W in riemannian_flow(gradient, start, two_step(HeavyBall(mu)), lr, order, steps):
-            gap = max(gap, float((W - dense(model[0])).norm()))
-            descend(model[0], gradient(dense(model[0])))
-            optimizer.step()
-        errors.append(gap)
-    assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.15)
+        steps = round(0.25 * (1 - mu) / lr)
+        method = two_step(HeavyBall(mu))
+        flow = list(riemannian_flow(gradient, start, method, lr, order, steps))
+        for retraction, found in errors.items():
+            model, optimizer = layers_at([start], lr=lr, momentum=mu, retraction=retraction)
+            gaps = []
+            for W in flow:
+                gaps.append(float((W - dense(model[0])).norm()))
+                descend(model[0], gradient(dense(model[0])))
+                optimizer.step()
+            found.append(max(gaps))
+    for retraction, (coarse, fine) in errors.items():
+        assert math.log2(coarse / fine) == pytest.approx(order, abs=0.15), retraction
 
 
 def test_the_noise_floor_of_low_rank_training():
     """50 matrices 12 × 10 of rank 2 and as many dense ones, under one noise: .333 of the excess loss, within .01."""
-    lr, beta, nu, steps, count = 0.02, 0.9, 0.7, 1600, 50
+    lr, beta, nu, steps, count = 0.05, 0.9, 0.7, 700, 50
     point = geometry.random(12, 10, 2, dtype=torch.float64)
     # Far from singular, so that the curvature of the manifold does not show.
-    point = Point(point.U, 10 * torch.eye(2, dtype=torch.float64), point.V)
+    point = Point(point.U, 30 * torch.eye(2, dtype=torch.float64), point.V)
     model, optimizer = layers_at([point] * count, lr=lr, filter=QHM(nu, beta))
     full = nn.Parameter(geometry.to_dense(point).repeat(count, 1, 1))
     reference = RiemannianSGD([full], lr=lr, filter=QHM(nu, beta))
