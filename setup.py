@@ -16,6 +16,7 @@ DEV = [
     *ANALYSIS,
     *DOCS,
     *IMAGES,
+    "bitsandbytes>=0.49; platform_system == 'Linux'",
     "build>=1.2",
     "hypothesis>=6.100",
     "mypy>=1.13",

@@ -71,13 +71,13 @@ FAMILIES = {
 GENERATING = ("decoder", "decoder-conv1d", "encoder-decoder")
 
 
-def tiny(name: str) -> nn.Module:
-    """The model of a family, the same at every call, without dropout."""
+def tiny(name: str, **changes) -> nn.Module:
+    """The model of a family, the same at every call, without dropout; `changes` of its sizes."""
     family = FAMILIES[name]
     state = torch.get_rng_state()
     torch.manual_seed(1)
     words = {} if name == "vision" else VOCABULARY
-    model = family.model(family.config(**family.settings, **words))
+    model = family.model(family.config(**family.settings | words | changes))
     torch.set_rng_state(state)
     for module in model.modules():
         if isinstance(module, nn.Dropout):

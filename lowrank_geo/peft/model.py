@@ -70,8 +70,8 @@ class FixedRankModel(BaseTuner):
     def _replace_module(
         self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
     ) -> None:
-        if isinstance(child, ParamWrapper) and not isinstance(new_module, ParamWrapper):
-            setattr(parent, child_name, new_module)  # PEFT looks for a weight to hand back
+        if isinstance(child, FixedRankLayer) and not isinstance(new_module, FixedRankLayer):
+            setattr(parent, child_name, new_module)  # PEFT hands back a `weight`, which not all have
         else:
             super()._replace_module(parent, child_name, new_module, child)
 

@@ -34,6 +34,7 @@ def read_weight(base: nn.Module, backend: Any) -> Tensor:
                 f"The weights of the quantization backend {backend.backend_name} cannot be dequantized, which merging "
                 "and `init='pissa'` need. Please use `init='zero'` and keep the adapter unmerged."
             )
+        unpack(base)
         return backend.get_base_weight(base)
     weight = base.weight
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
@@ -42,6 +43,16 @@ def read_weight(base: nn.Module, backend: Any) -> Tensor:
             "need. Please use `init='zero'` and keep the adapter unmerged."
         )
     return weight.detach()
+
+
+def unpack(base: Any) -> None:
+    """Undo the layout that bitsandbytes' 4-bit layers get when they are evaluated on some CPUs.
+
+    Its own dequantisation, which PEFT calls, reads that layout as if it were the plain one.
+    """
+    state = getattr(getattr(base, "weight", None), "quant_state", None)
+    if getattr(state, "packing_format_for_cpu", False):
+        base.state_dict()  # where bitsandbytes restores the plain layout, in place
 
 
 @torch.no_grad()
