@@ -113,7 +113,7 @@ def test_pretrain_has_an_option_for_every_field(call):
         (["pretrain", "--resume", "nothing"], "got nothing"),
         (["pretrain", "--resume", "nothing", "--out", "b"], "neither --out nor --overwrite"),
         (["pretrain", "--out", "taken"], "which exists"),
-        (["pretrain", "--out", "taken", "--overwrite"], "a folder that pretrain made"),
+        (["pretrain", "--out", "taken", "--overwrite"], "a folder of a run"),
         (["plan", "--rank", "0"], "got 0"),
         (["plan", "--init", "zero"], "zero"),
         (["inspect", "taken"], "run.json"),

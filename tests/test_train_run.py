@@ -264,7 +264,7 @@ def test_resuming_with_another_text_is_refused(config, tmp_path):
     run = pretrain(config, tmp_path / "run")
     with Path(config.data).open("a") as text:
         text.write("one more\n")
-    with pytest.raises(ValueError, match="the text that the run began with"):
+    with pytest.raises(ValueError, match="the data that the run began with"):
         resume(run)
 
 

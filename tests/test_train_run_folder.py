@@ -101,7 +101,7 @@ def test_overwrite_refuses_what_is_not_ours(tmp_path, create, marker):
     if marker is not None:
         (folder / "run.json").write_text(marker)
     before = names(folder)
-    with pytest.raises(FileExistsError, match="a folder that pretrain made"):
+    with pytest.raises(FileExistsError, match="a folder of a run"):
         create("thesis", overwrite=True)
     assert names(folder) == before and names(tmp_path) == ["thesis"]
 

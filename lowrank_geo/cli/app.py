@@ -1,6 +1,5 @@
 """The commands."""
 
-from itertools import count
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +9,7 @@ from lowrank_geo.cli.analyze import app as analyze
 from lowrank_geo.cli.display import Display
 from lowrank_geo.cli.options import config_options, given
 from lowrank_geo.cli.refusals import refusals
+from lowrank_geo.cli.runs import Debug, Out, Overwrite, Place, Resume, begin_or_resume
 from lowrank_geo.finetune.config import FinetuneConfig
 from lowrank_geo.generation import continue_text
 from lowrank_geo.train.config import TrainConfig
@@ -26,7 +26,6 @@ app = typer.Typer(
 app.add_typer(analyze, name="analyze")
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
 @app.command("pretrain")
@@ -34,13 +33,9 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 def pretrain_command(
     command: typer.Context,
     *,
-    out: Annotated[Path | None, typer.Option(help="Folder of the new run.")] = None,
-    resume_run: Annotated[
-        Path | None, typer.Option("--resume", metavar="RUN", help="Go on with this run.")
-    ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Delete the run in --out.")
-    ] = False,
+    out: Out = None,
+    resume_run: Resume = None,
+    overwrite: Overwrite = False,
     debug: Debug = False,
     **options: Any,
 ) -> None:
@@ -49,21 +44,13 @@ def pretrain_command(
     from lowrank_geo.train.run import pretrain, resume
 
     with refusals(debug), Display() as display:
-        if resume_run is None:
-            config = TrainConfig(**options)
-            pretrain(config, out or free_folder(), overwrite=overwrite, listeners=[display])
-            return
-        if out is not None or overwrite:
-            raise ValueError(
-                f"--resume needs neither --out nor --overwrite, got {out or '--overwrite'}; "
-                "leave it out: the run goes on in its folder"
-            )
-        resume(resume_run, changes=given(command, options), listeners=[display])
-
-
-def free_folder() -> Path:
-    """The first of runs/1, runs/2, ... that does not exist."""
-    return next(path for n in count(1) if not (path := Path("runs", str(n))).exists())
+        begin_or_resume(
+            lambda path: pretrain(
+                TrainConfig(**options), path, overwrite=overwrite, listeners=[display]
+            ),
+            lambda run: resume(run, changes=given(command, options), listeners=[display]),
+            Place(out, resume_run, overwrite),
+        )
 
 
 @app.command("plan")

@@ -1,12 +1,11 @@
 """Everything a pre-training run is told, with its defaults: those of the demo."""
 
 import dataclasses
-import math
-import types
-from dataclasses import dataclass, field
-from typing import Any, get_args, get_type_hints
+from dataclasses import dataclass
+from typing import Any
 
 from lowrank_geo.optim.named import OPTIMIZERS
+from lowrank_geo.train.options import check_options, check_size, from_json, option
 
 CHOICES = {
     "tokenizer": ("bytes", "bpe"),
@@ -15,15 +14,20 @@ CHOICES = {
     "device": ("auto", "cpu", "cuda"),
     "dtype": ("auto", "float32", "bfloat16"),
 }
-AT_LEAST_ONE = ("steps", "batch", "context", "accumulate", "vocab_size")
-NOT_NEGATIVE = ("warmup", "seed", "eval_every", "checkpoint_every", "diagnose_every", "probes")
-POSITIVE = ("lr", "euclidean_lr", "clip")
+RULES = {
+    "at least 1": ("steps", "batch", "context", "accumulate", "vocab_size"),
+    "at least 0 and below 2^63": (
+        "warmup",
+        "seed",
+        "eval_every",
+        "checkpoint_every",
+        "diagnose_every",
+        "probes",
+    ),
+    "a positive number": ("lr", "euclidean_lr", "clip"),
+    "a number from 0 on": ("weight_decay",),
+}
 PER_MACHINE = ("device", "compile", "tensorboard")  # what a resumed run may choose anew
-
-
-def option(default: Any, help: str) -> Any:
-    """A field that is also an option of the command line."""
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True)
@@ -69,29 +73,12 @@ class TrainConfig:
     prompt: str = option("def ", "What the sample in the report continues.")
 
     def __post_init__(self) -> None:
-        for name, kind in get_type_hints(type(self)).items():
-            _check_type(name, kind, getattr(self, name))
-        for name, choices in CHOICES.items():
-            _check(
-                self, name, lambda x, allowed=choices: x in allowed, "one of " + ", ".join(choices)
-            )
-        for name in AT_LEAST_ONE:
-            _check(self, name, lambda x: x >= 1, "at least 1")
-        for name in NOT_NEGATIVE:
-            _check(self, name, lambda x: 0 <= x < 2**63, "at least 0 and below 2^63")
-        for name in POSITIVE:
-            _check(self, name, lambda x: math.isfinite(x) and x > 0, "a positive number")
-        _check(self, "weight_decay", lambda x: math.isfinite(x) and x >= 0, "a number from 0 on")
-        _check(self, "warmup", lambda x: x <= self.steps, f"at most --steps {self.steps}")
-        self._check_together()
-
-    def _check_together(self) -> None:
-        sizes = [name for name in ("budget", "rank", "ratio") if getattr(self, name) is not None]
-        if len(sizes) > 1:
+        check_options("pretrain", self, CHOICES, RULES)
+        if self.warmup is not None and self.warmup > self.steps:
             raise ValueError(
-                f"pretrain needs one of --budget, --rank and --ratio, got {' and '.join('--' + s for s in sizes)}; "
-                "leave out all but one"
+                f"pretrain needs --warmup to be at most --steps {self.steps}, got {self.warmup}; correct it"
             )
+        check_size("pretrain", self)
         if self.batch % self.accumulate:
             raise ValueError(
                 f"pretrain needs --accumulate to divide --batch {self.batch}, got {self.accumulate}; choose a divisor"
@@ -117,32 +104,4 @@ class TrainConfig:
 
         Raises: ValueError if options are missing or unknown, or hold what no run can have.
         """
-        names = {field.name for field in dataclasses.fields(cls)}
-        if not isinstance(value, dict) or set(value) != names:
-            got = sorted(set(value) ^ names) if isinstance(value, dict) else type(value).__name__
-            raise ValueError(
-                f"a run's config needs exactly the options of this version, got a difference in {got}; "
-                "use the version of lowrank_geo that wrote the run"
-            )
-        try:
-            return cls(**value)
-        except TypeError as error:
-            raise ValueError(str(error)) from error
-
-
-def _check_type(name: str, kind: Any, value: Any) -> None:
-    kinds = get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    allowed = (*kinds, int) if float in kinds else kinds
-    if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in kinds):
-        wanted = " or ".join("nothing" if k is type(None) else k.__name__ for k in kinds)
-        raise TypeError(f"pretrain needs {_flag(name)} to be {wanted}, got {value!r}; correct it")
-
-
-def _check(config: TrainConfig, name: str, holds: Any, rule: str) -> None:
-    value = getattr(config, name)
-    if value is not None and not holds(value):
-        raise ValueError(f"pretrain needs {_flag(name)} to be {rule}, got {value}; correct it")
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+        return from_json(cls, value)

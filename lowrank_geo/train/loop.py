@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import torch
 
 from lowrank_geo.train.metrics import Listener
+from lowrank_geo.train.recorder import Trained
 from lowrank_geo.train.signals import Wish
 from lowrank_geo.train.stopped import Stopped
 from lowrank_geo.train.trainer import Trainer
@@ -23,14 +24,7 @@ def loop(trainer: Trainer, emit: Listener, save: Callable[[], None], wish: Wish)
     if trainer.step == 0:
         emit(trainer.diagnose())
     while trainer.step < config.steps:
-        number = wish.agreed(trainer.workers)
-        if number:
-            save()
-            raise Stopped(
-                f"stopped by {signal.Signals(number).name} at step {trainer.step}, which is saved; "
-                "go on with --resume",
-                128 + number,
-            )
+        obey(wish, trainer, save)
         emit(trainer.advance())
         if due(trainer, config.eval_every):
             emit(trainer.evaluate())
@@ -38,6 +32,21 @@ def loop(trainer: Trainer, emit: Listener, save: Callable[[], None], wish: Wish)
             emit(trainer.diagnose())
         if due(trainer, config.checkpoint_every):
             save()
+
+
+def obey(wish: Wish, trainer: Trained, save: Callable[[], None]) -> None:
+    """Save and leave if a signal asked for it.
+
+    Raises: Stopped.
+    """
+    number = wish.agreed(trainer.workers)
+    if number:
+        save()
+        raise Stopped(
+            f"stopped by {signal.Signals(number).name} at step {trainer.step}, which is saved; "
+            "go on with --resume",
+            128 + number,
+        )
 
 
 def due(trainer: Trainer, every: int) -> bool:

@@ -2,10 +2,11 @@
 
 import contextlib
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
-from typing import Any, cast
+from pathlib import Path
+from typing import Any, Protocol, cast
 
 import torch
 
@@ -13,6 +14,7 @@ from lowrank_geo.generation import continue_text
 from lowrank_geo.plan import Plan
 from lowrank_geo.report import write_report
 from lowrank_geo.train import checkpoint
+from lowrank_geo.train.distributed import Workers
 from lowrank_geo.train.metrics import Line, Listener, Metrics, TensorBoard
 from lowrank_geo.train.run_folder import RunFolder
 from lowrank_geo.train.trainer import Trainer
@@ -20,13 +22,33 @@ from lowrank_geo.train.trainer import Trainer
 SAMPLE = 200  # tokens of the sample in the report
 
 
+class Trained(Protocol):
+    """What the recorder asks of a trainer."""
+
+    step: int
+    workers: Workers
+
+    def checkpoint(self) -> checkpoint.Checkpoint: ...
+
+
 class Recorder:
-    """The pen of the main process; in the others, which have no folder, it writes nothing."""
+    """The pen of the main process; in the others, which have no folder, it writes nothing.
+
+    `finish` uses the trained model, may emit lines, writes the report, and returns its path.
+    """
 
     def __init__(
-        self, trainer: Trainer, folder: RunFolder | None, listeners: Sequence[Listener]
+        self,
+        trainer: Trained,
+        folder: RunFolder | None,
+        listeners: Sequence[Listener],
+        finish: Callable[[RunFolder, Listener], Path],
+        *,
+        steps: int,
+        tensorboard: bool = False,
     ) -> None:
         self.trainer, self.folder = trainer, folder
+        self.finishing, self.steps = finish, steps
         self.callers = list(listeners) if folder else []
         self.listeners = list(self.callers)
         self.metrics: Metrics | None = None
@@ -34,20 +56,20 @@ class Recorder:
             last = trainer.step or -1  # a run that begins measures step 0 again
             self.metrics = Metrics(folder.path / "metrics.jsonl", last=last)
             self.listeners.append(self.metrics)
-            if trainer.config.tensorboard:
+            if tensorboard:
                 self.listeners.append(TensorBoard(folder.path / "tensorboard", last=last))
 
     def begin(self, notes: list[str]) -> None:
         """Mark the run as running; `notes` is what was wrong with checkpoints passed over."""
         if not self.folder:
             return
-        self.folder.update(status="running", environment=environment(self.trainer))
+        self.folder.update(status="running", environment=environment(self.trainer.workers))
         plan = Plan.from_json(self.folder.record["plan"])
         self._tell(
             {
                 "kind": "start",
                 "step": self.trainer.step,
-                "steps": self.trainer.config.steps,
+                "steps": self.steps,
                 "plan": plan,
                 "notes": notes,
             }
@@ -76,18 +98,13 @@ class Recorder:
                 self.folder.update(status=status)
 
     def finish(self) -> None:
-        """Mark the run as finished, with a sample of its text, and write its report."""
+        """Mark the run as finished, with what comes of it, and write its report."""
         self.trainer.workers.on_main(self._finish)
 
     def _finish(self) -> None:
         assert self.folder
-        trainer, prompt = self.trainer, self.trainer.config.prompt
-        text = continue_text(
-            trainer.model, trainer.data.tokenizer, prompt, count=SAMPLE, seed=trainer.config.seed
-        )
-        self.folder.update(status="finished", samples=[{"prompt": prompt, "text": text}])
-        report = write_report(self.folder.path)
-        self._tell({"kind": "end", "step": trainer.step, "report": report})
+        report = self.finishing(self.folder, self.emit)
+        self._tell({"kind": "end", "step": self.trainer.step, "report": report})
 
     def _tell(self, event: Line) -> None:
         """Tell the caller's listeners, not the files."""
@@ -97,6 +114,16 @@ class Recorder:
     def close(self) -> None:
         if self.metrics:
             self.metrics.close()
+
+
+def finish(trainer: Trainer, folder: RunFolder, emit: Listener) -> Path:
+    """Mark a pre-training run as finished, with a sample of its text, and write its report."""
+    config = trainer.config
+    text = continue_text(
+        trainer.model, trainer.data.tokenizer, config.prompt, count=SAMPLE, seed=config.seed
+    )
+    folder.update(status="finished", samples=[{"prompt": config.prompt, "text": text}])
+    return write_report(folder.path)
 
 
 def describe(trainer: Trainer) -> dict[str, Any]:
@@ -114,17 +141,17 @@ def describe(trainer: Trainer) -> dict[str, Any]:
         },
         "parameters": {"dense": plan.dense_parameters, "low_rank": plan.parameters},
         "samples": [],
-        "environment": environment(trainer),
+        "environment": environment(trainer.workers),
     }
 
 
-def environment(trainer: Trainer) -> dict[str, Any]:
+def environment(workers: Workers) -> dict[str, Any]:
     """What the bits of a run depend on beside its config."""
     return {
         "lowrank_geo": version("lowrank-geo"),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "device": trainer.workers.device.type,
+        "device": workers.device.type,
         "threads": torch.get_num_threads(),
-        "processes": trainer.workers.world,
+        "processes": workers.world,
     }

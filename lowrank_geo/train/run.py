@@ -1,10 +1,11 @@
 """Pre-training from a config to a finished run folder, new or resumed."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lowrank_geo.data import load_tokenizer
 from lowrank_geo.train import checkpoint
@@ -13,11 +14,13 @@ from lowrank_geo.train.distributed import Workers, joined
 from lowrank_geo.train.loop import deterministic, loop
 from lowrank_geo.train.metrics import Listener
 from lowrank_geo.train.parts import Data, described_model, new_model, read_data
-from lowrank_geo.train.recorder import Recorder, describe
+from lowrank_geo.train.recorder import Recorder, describe, finish
 from lowrank_geo.train.run_folder import RunFolder, check_out, read_complete_record
-from lowrank_geo.train.signals import stop_signals
+from lowrank_geo.train.signals import Wish, stop_signals
 from lowrank_geo.train.stopped import Stopped
 from lowrank_geo.train.trainer import Trainer
+
+Config = TypeVar("Config")
 
 
 def pretrain(
@@ -45,7 +48,7 @@ def pretrain(
             )
         )
         with closing(folder) if folder else nullcontext():
-            run(trainer, folder, listeners, notes=[])
+            train(trainer, folder, listeners, notes=[])
     return out
 
 
@@ -65,9 +68,9 @@ def resume(
         folder = workers.on_main(lambda: RunFolder.open(out))
         with closing(folder) if folder else nullcontext():
             data = read_data(config, load_tokenizer(out))
-            check_data(record, data)
+            check_data(record, data.corpus.fingerprint, data.corpus.description)
             trainer, notes = restored(config, record, out, data, workers)
-            run(trainer, folder, listeners, notes)
+            train(trainer, folder, listeners, notes)
     return out
 
 
@@ -86,16 +89,30 @@ def restored(
     return trainer, found.problems
 
 
-def run(
+def train(
     trainer: Trainer, folder: RunFolder | None, listeners: Sequence[Listener], notes: list[str]
 ) -> None:
     """Train to the end, or to an orderly stop, and leave the folder saying which."""
-    with closing(Recorder(trainer, folder, listeners)) as recorder:
+    config = trainer.config
+    recorder = Recorder(
+        trainer,
+        folder,
+        listeners,
+        partial(finish, trainer),
+        steps=config.steps,
+        tensorboard=config.tensorboard,
+    )
+    run(recorder, notes, partial(loop, trainer, recorder.emit, recorder.save))
+
+
+def run(recorder: Recorder, notes: list[str], steps: Callable[[Wish], None]) -> None:
+    """Make the `steps`, to the end or to an orderly stop, and leave the folder saying which."""
+    with closing(recorder):
         status = "failed"
         try:
             recorder.begin(notes)
             with stop_signals() as wish:
-                loop(trainer, recorder.emit, recorder.save, wish)
+                steps(wish)
             recorder.finish()
             status = "finished"
         except Stopped as stopped:
@@ -109,7 +126,7 @@ def run(
                 recorder.stop(status)
 
 
-def changed(config: TrainConfig, changes: dict[str, Any]) -> TrainConfig:
+def changed(config: Config, changes: dict[str, Any]) -> Config:
     """The config of a resumed run.
 
     Raises: ValueError for a change of anything that the result depends on.
@@ -121,14 +138,14 @@ def changed(config: TrainConfig, changes: dict[str, Any]) -> TrainConfig:
                 f"--resume needs the options of the run, got --{name.replace('_', '-')} {value} "
                 f"where it has {kept}; leave it out, or start a new run"
             )
-    return dataclasses.replace(config, **changes)
+    return dataclasses.replace(config, **changes)  # type: ignore[type-var]
 
 
-def check_data(record: dict[str, Any], data: Data) -> None:
-    """Raise ValueError unless the text is the one that the run began with."""
-    began, now = record["data"].get("fingerprint"), data.corpus.fingerprint
-    if began != now:
+def check_data(record: dict[str, Any], fingerprint: str, description: str) -> None:
+    """Raise ValueError unless the data is that which the run began with."""
+    began = record["data"].get("fingerprint")
+    if began != fingerprint:
         raise ValueError(
-            f"--resume needs the text that the run began with, of fingerprint {began}, got {now} "
-            f"from {data.corpus.description}; restore the text, or start a new run"
+            f"--resume needs the data that the run began with, of fingerprint {began}, got {fingerprint} "
+            f"from {description}; restore it, or start a new run"
         )

@@ -10,6 +10,7 @@ from typing import Any
 from lowrank_geo.train.durable import read_json, sync, write_json
 
 FORMAT, VERSION = "lowrank_geo run", 1
+PRETRAIN = "pretrain"
 PARTS = ("config", "plan", "model", "data")  # objects without which a run cannot go on
 
 
@@ -21,7 +22,7 @@ def read_record(path: Path) -> dict[str, Any]:
     marker = path / "run.json"
     if not marker.is_file():
         raise FileNotFoundError(
-            f"a run needs a folder with a run.json, got {path}; name one that pretrain made"
+            f"a run needs a folder with a run.json, got {path}; name one that pretrain, segment or classify made"
         )
     record = read_json(marker)
     if record.get("format") != FORMAT or record.get("version") != VERSION:
@@ -32,18 +33,28 @@ def read_record(path: Path) -> dict[str, Any]:
     return record
 
 
-def read_complete_record(path: Path) -> dict[str, Any]:
-    """The content of a run.json from which a run can go on.
+def read_complete_record(path: Path, kind: str = PRETRAIN) -> dict[str, Any]:
+    """The content of a run.json from which a run of the command `kind` can go on.
 
-    Raises: what `read_record` raises; ValueError if a part is missing.
+    Raises: what `read_record` raises; ValueError if a part is missing or another command made the run.
     """
     record = read_record(path)
+    found = kind_of(record)
+    if found != kind:
+        raise ValueError(
+            f"lowrank-geo {kind} needs a run that it made, got {path}, which {found} made; use lowrank-geo {found}"
+        )
     missing = [part for part in PARTS if not isinstance(record.get(part), dict)]
     if missing:
         raise ValueError(
             f"{path / 'run.json'} needs {', '.join(PARTS)}, got no {missing[0]}; it is damaged"
         )
     return record
+
+
+def kind_of(record: dict[str, Any]) -> str:
+    """The command that made a run."""
+    return str(record.get("kind", PRETRAIN))
 
 
 def check_out(path: Path, *, overwrite: bool) -> None:
@@ -55,7 +66,7 @@ def check_out(path: Path, *, overwrite: bool) -> None:
         return
     if not overwrite:
         raise FileExistsError(
-            f"pretrain needs a new folder for --out, got {path}, which exists; "
+            f"a run needs a new folder for --out, got {path}, which exists; "
             f"go on with it by --resume {path}, or delete that run by --overwrite"
         )
     if path.is_symlink() or (path / "run.json").is_symlink():
@@ -66,7 +77,7 @@ def check_out(path: Path, *, overwrite: bool) -> None:
         read_record(path)
     except (FileNotFoundError, ValueError) as error:
         raise FileExistsError(
-            f"--overwrite needs a folder that pretrain made, got {path}; delete it by hand ({error})"
+            f"--overwrite needs a folder of a run, got {path}; delete it by hand ({error})"
         ) from error
 
 
@@ -165,6 +176,6 @@ def _move(new: Path, path: Path) -> None:
         new.rename(path)
     except OSError as error:
         raise FileExistsError(
-            f"pretrain needs a new folder for --out, got {path}, which another process just made; choose another"
+            f"a run needs a new folder for --out, got {path}, which another process just made; choose another"
         ) from error
     sync(path.parent)
