@@ -3,6 +3,7 @@
 The page loads nothing, runs nothing and forbids both to itself.
 """
 
+import base64
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
@@ -32,6 +33,9 @@ dd small { display: block; font-size: .8rem; font-weight: 400; color: var(--soft
 figure { margin: 0; flex: 1 1 100%; background: #fff; color: #22272e; border: 1px solid var(--line);
   border-radius: .4rem; padding: .6rem; break-inside: avoid; }
 figure.half { flex: 1 1 20rem; }
+figure img { max-width: 100%; height: auto; display: block; image-rendering: pixelated; }
+.cases { display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); gap: .7rem; }
+.cases.wide { grid-template-columns: 1fr; }
 figure svg { width: 100%; height: auto; display: block; }
 figcaption { font-size: .82rem; line-height: 1.4; color: #48515b; padding: .4rem .3rem 0; }
 figcaption b { color: #22272e; }
@@ -52,12 +56,13 @@ pre b { color: #0072b2; }
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
-def page(title: str, html: Iterable[str]) -> str:
-    """A whole document around the parts of its body."""
+def page(title: str, html: Iterable[str], *, pictures: bool = False) -> str:
+    """A whole document around the parts of its body, which may hold `pictures`."""
+    policy = POLICY + "; img-src data:" * pictures
     return "\n".join(
         [
             '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
-            f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
+            f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             f"<title>{escape(title)}</title>\n<style>{CSS}</style>\n</head>\n<body>",
             *html,
@@ -112,6 +117,13 @@ def figure(svg_html: str, title: str, caption: str, *, half: bool) -> str:
     kind = ' class="half"' if half else ""
     told = f"<figcaption><b>{escape(title)}.</b> {escape(caption)}</figcaption>"
     return f"<figure{kind}>\n{svg_html}\n{told}\n</figure>"
+
+
+def picture(png: bytes, told: str, caption: str) -> str:
+    """A picture inside the page; `told` is what a screen reader says."""
+    data = base64.b64encode(png).decode("ascii")
+    image = f'<img src="data:image/png;base64,{data}" alt="{escape(told)}">'
+    return f"<figure>\n{image}\n<figcaption>{escape(caption)}</figcaption>\n</figure>"
 
 
 def sample(prompt: str, text: str) -> str:

@@ -26,6 +26,7 @@ class Metrics(NamedTuple):
     train: dict[str, Series]
     held_out: Series
     layers: dict[str, History[Any]]  # ranks, spectra, orthonormality, transport
+    evaluated: dict[str, Series]  # all that was measured on data held out
 
 
 def printable(name: Any) -> str:
@@ -51,12 +52,12 @@ def read_metrics(run: Path) -> Metrics:
         if step is not None and line.get("kind") in kinds:
             kinds[line["kind"]][step] = line
     train, held_out, layers = (sorted(lines.items()) for lines in kinds.values())
-    keys = dict.fromkeys(key for _, line in train for key in line if key not in ("kind", "step"))
     histories = ("ranks", "spectra", "orthonormality", "transport")
     return Metrics(
-        {key: _series(train, key) for key in keys},
+        _all_series(train),
         _series(held_out, "loss"),
         {key: [(step, _by_layer(line.get(key))) for step, line in layers] for key in histories},
+        _all_series(held_out),
     )
 
 
@@ -71,6 +72,11 @@ def _lines(file: Path) -> Iterator[dict[str, Any]]:
                 continue
             if isinstance(line, dict):
                 yield line
+
+
+def _all_series(lines: list[tuple[float, dict[str, Any]]]) -> dict[str, Series]:
+    keys = dict.fromkeys(key for _, line in lines for key in line if key not in ("kind", "step"))
+    return {key: _series(lines, key) for key in keys}
 
 
 def _series(lines: list[tuple[float, dict[str, Any]]], key: str) -> Series:

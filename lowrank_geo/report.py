@@ -31,7 +31,7 @@ def write_report(run: str | Path) -> Path:
         page.paragraph(_summary(record, metrics)),
         page.key_numbers(_key_numbers(record, metrics)),
         page.section("Training", '<div class="figures">', *figures, "</div>"),
-        page.section("Plan: which layer has which rank", _plan_table(record)),
+        page.section("Plan: which layer has which rank", plan_table(record)),
         page.section("Samples", *(samples or [page.paragraph("No text was generated.")])),
         page.section("Configuration", page.settings(_part(record, "config"))),
         page.section("Environment", page.settings(_part(record, "environment"))),
@@ -123,7 +123,8 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def _plan_table(record: dict[str, Any]) -> str:
+def plan_table(record: dict[str, Any]) -> str:
+    """The layers of a run's plan, with their ranks and sizes."""
     rows = []
     for place, entry in enumerate(_entries(record), 1):
         rank, m, n, dense, ours = (

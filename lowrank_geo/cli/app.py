@@ -7,6 +7,7 @@ import typer
 
 from lowrank_geo.cli.analyze import app as analyze
 from lowrank_geo.cli.display import Display
+from lowrank_geo.cli.images import add_commands
 from lowrank_geo.cli.options import config_options, given
 from lowrank_geo.cli.refusals import refusals
 from lowrank_geo.cli.runs import Debug, Out, Overwrite, Place, Resume, begin_or_resume
@@ -24,6 +25,7 @@ app = typer.Typer(
 )
 
 app.add_typer(analyze, name="analyze")
+add_commands(app)
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
 
@@ -66,11 +68,12 @@ def inspect_command(run: Run, *, debug: Debug = False) -> None:
     """Show ranks, singular values, orthonormality and size of a run, and write its report anew."""
     from rich.console import Console
 
+    from lowrank_geo.cli.images import report_writer
     from lowrank_geo.inspection import inspect, render
-    from lowrank_geo.report import write_report
 
     with refusals(debug):
         Console(markup=False).print(render(inspect(run)))
+        write_report = report_writer(run)
         typer.echo(f"report: {write_report(run)}")
 
 

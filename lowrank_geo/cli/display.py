@@ -1,4 +1,4 @@
-"""What pretrain shows: the plan, a progress bar, a line for each evaluation, where the report is."""
+"""What a training shows: the plan, a progress bar, a line for each evaluation, where the report is."""
 
 from types import TracebackType
 
@@ -20,7 +20,7 @@ class Display:
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("loss {task.fields[loss]:.3f}"),
-            TextColumn("{task.fields[speed]:,.0f} tokens/s"),
+            TextColumn("{task.fields[speed]}"),
             TimeRemainingColumn(),
             console=self.console,
         )
@@ -52,7 +52,7 @@ class Display:
         if line["step"]:
             self.console.print(f"resumed at step {line['step']}")
         self.task = self.progress.add_task(
-            "training", total=line["steps"], completed=line["step"], loss=float("nan"), speed=0.0
+            "training", total=line["steps"], completed=line["step"], loss=float("nan"), speed=""
         )
         self.progress.start()
         self.running = True
@@ -62,11 +62,15 @@ class Display:
             self.task,
             completed=line["step"],
             loss=line["loss"],
-            speed=line["tokens_per_second"],
+            speed=speed(line),
         )
 
     def _eval(self, line: Line) -> None:
-        self.console.print(f"step {line['step']}: held-out loss {line['loss']:.4f}")
+        self.console.print(evaluated(line))
+
+    def _test(self, line: Line) -> None:
+        self._stop()
+        self.console.print(tested(line))
 
     def _diagnostics(self, line: Line) -> None:
         pass
@@ -74,6 +78,43 @@ class Display:
     def _end(self, line: Line) -> None:
         self._stop()
         self.console.print(f"report: {line['report']}")
+
+
+def speed(line: Line) -> str:
+    """How fast a step was.
+
+    >>> speed({"tokens_per_second": 1234.5}), speed({"images_per_second": 7.25})
+    ('1,234 tokens/s', '7.2 images/s')
+    """
+    if "tokens_per_second" in line:
+        return f"{line['tokens_per_second']:,.0f} tokens/s"
+    return f"{line['images_per_second']:,.1f} images/s"
+
+
+def evaluated(line: Line) -> str:
+    """What was measured on data held out.
+
+    >>> evaluated({"step": 2, "loss": 1.5})
+    'step 2: held-out loss 1.5000'
+    """
+    if "score" not in line:
+        return f"step {line['step']}: held-out loss {line['loss']:.4f}"
+    score = line["score"]
+    between = f"{line['low']:.3f} to {line['high']:.3f}"
+    best = ", the best so far" if line["best"] == line["epoch"] else ""
+    return (
+        f"epoch {line['epoch']}: validation loss {line['loss']:.4f}, "
+        f"{score} {line[score]:.4f} ({between}){best}"
+    )
+
+
+def tested(line: Line) -> str:
+    """The scores of the best epoch with their intervals."""
+    scores = (
+        f"{name} {mean:.4f} ({low:.3f} to {high:.3f})"
+        for name, (mean, low, high) in line["scores"].items()
+    )
+    return f"{line['judged_on']} images, epoch {line['epoch']}: {', '.join(scores)}"
 
 
 def summary(plan: Plan) -> str:

@@ -166,8 +166,7 @@ def _images(
             + (f"the first: {tolerance.skipped[0]}" if tolerance.skipped else "give another folder")
         )
     items = [
-        Item(s.patient or content(s), int(s.target) if not s.target.dim() else 0, s.part, told(s))
-        for s in found
+        Item(group(s), int(s.target) if not s.target.dim() else 0, s.part, told(s)) for s in found
     ]
     parts = split(items)
     patients = len({s.patient for s in found if s.patient})
@@ -178,6 +177,11 @@ def _images(
     return Images(
         found, shown(found), parts, classes, description, fingerprint(found), tolerance.skipped
     )
+
+
+def group(sample: Sample) -> str:
+    """What is never divided over parts, and resampled as a whole: the images of a patient, equal images."""
+    return sample.patient or content(sample)
 
 
 def told(sample: Sample) -> str:

@@ -14,7 +14,9 @@ def segmentation_loss(logits: Tensor, mask: Tensor) -> Tensor:
     Shapes: logits (B, C, H, W), mask (B, H, W) integers below C -> (); computed in float32 under autocast too.
     """
     logits = logits.float()
-    return F.cross_entropy(logits, mask.long()) + dice_loss(logits, mask)
+    # One row a pixel: on CUDA the two-dimensional form is not deterministic.
+    rows = logits.movedim(1, -1).flatten(0, -2)
+    return F.cross_entropy(rows, mask.flatten().long()) + dice_loss(logits, mask)
 
 
 def dice_loss(logits: Tensor, mask: Tensor) -> Tensor:

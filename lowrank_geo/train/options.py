@@ -13,6 +13,7 @@ RULES: dict[str, Callable[[Any], bool]] = {
     "at least 1": lambda x: x >= 1,
     "at least 0 and below 2^63": lambda x: 0 <= x < 2**63,
     "a positive number": lambda x: math.isfinite(x) and x > 0,
+    "at least 0 and below 1": lambda x: 0 <= x < 1,
     "a number from 0 on": lambda x: math.isfinite(x) and x >= 0,
 }
 SIZES = ("budget", "rank", "ratio")
@@ -33,8 +34,9 @@ def check_options(
 
     Raises: TypeError or ValueError, naming the option of `command`. An option that is None is not checked.
     """
-    for name, kind in get_type_hints(type(config)).items():
-        _check_type(command, name, kind, getattr(config, name))
+    hints = get_type_hints(type(config))
+    for each in dataclasses.fields(config):
+        _check_type(command, each.name, hints[each.name], getattr(config, each.name))
     for name, allowed in choices.items():
         _check(command, config, name, lambda x, a=allowed: x in a, "one of " + ", ".join(allowed))
     for rule, names in rules.items():

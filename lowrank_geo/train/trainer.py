@@ -47,7 +47,7 @@ class Trainer:
         if isinstance(self.optimizer, optim.ScheduleFree):
             self.optimizer.train()
         self.schedule = schedule_of(config, self.optimizer)
-        self.precision = precision_of(config, workers.device)
+        self.precision = precision_of(config.dtype, workers.device)
         if config.compile:
             self.model.compile()
             if isinstance(self.optimizer, optim.RiemannianOptimizer):
@@ -206,9 +206,8 @@ def schedule_of(config: TrainConfig, optimizer: Optimizer) -> LambdaLR:
     return make(optimizer, config.steps, warmup=warmup)
 
 
-def precision_of(config: TrainConfig, device: torch.device) -> AbstractContextManager:
+def precision_of(chosen: str, device: torch.device) -> AbstractContextManager:
     """Parameters are float32 always; this is the precision of forward and backward."""
-    chosen = config.dtype
     if chosen == "auto":
         chosen = (
             "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"

@@ -1,0 +1,213 @@
+"""A run on images between two steps: model, optimizer, plateau schedule, and the best epoch so far."""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from lowrank_geo import optim
+from lowrank_geo.images.collect import Images, group
+from lowrank_geo.images.config import ImageConfig
+from lowrank_geo.images.epochs import Epochs, in_order
+from lowrank_geo.images.judging import Judged, judge, settle
+from lowrank_geo.images.tasks import task_of
+from lowrank_geo.train.checkpoint import Checkpoint
+from lowrank_geo.train.distributed import Workers
+from lowrank_geo.train.metrics import Line
+from lowrank_geo.train.step import averaged, clip, descend
+from lowrank_geo.train.stopped import Stopped
+from lowrank_geo.train.trainer import precision_of, random_states
+
+SETTLED = 50  # batches that give averaged weights their statistics
+PLATEAU = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch")  # what changes in it
+
+
+class Best(NamedTuple):
+    """The epoch with the best score on the validation images, the first of equal ones; no epoch yet is 0."""
+
+    epoch: int = 0
+    score: float = -1.0
+    model: dict[str, Tensor] = {}
+
+
+class ImageTrainer:
+    """The state of training after `step` steps; all of it is in `checkpoint`, the batches are a function of the step.
+
+    Raises: ValueError for an unknown optimizer or a learning rate that it refuses.
+    """
+
+    def __init__(
+        self, config: ImageConfig, model: nn.Module, images: Images, workers: Workers
+    ) -> None:
+        assert config.epochs and config.batch and config.optimizer  # filled
+        self.config, self.images, self.workers = config, images, workers
+        self.task = task_of(config)
+        self.step, self.seconds, self.best = 0, 0.0, Best()
+        self.model = model.to(workers.device)
+        self.batch = config.batch
+        self.epochs = Epochs(images, config.batch, config.seed, augmented=bool(config.augment))
+        self.steps = config.epochs * self.epochs.steps  # at most
+        self.optimizer = optim.build(
+            config.optimizer,
+            self.model,
+            lr=config.lr,
+            euclidean_lr=config.euclidean_lr,
+            weight_decay=config.weight_decay,
+            total_steps=self.steps,
+        )
+        if isinstance(self.optimizer, optim.ScheduleFree):
+            self.optimizer.train()
+        self.plateau = ReduceLROnPlateau(self.optimizer, patience=config.patience)
+        self.precision = precision_of(config.dtype, workers.device)
+        self.groups = [group(images.samples[i]) for i in images.split.val]
+
+    @property
+    def epoch(self) -> int:
+        """Epochs that are complete."""
+        return self.step // self.epochs.steps
+
+    @property
+    def done(self) -> bool:
+        return self.step >= self.steps or self.epoch - self.best.epoch >= self.config.stop_after
+
+    def advance(self) -> Line:
+        """Make one step and return its "train" line.
+
+        Raises: Stopped, before anything has changed, if the loss or the gradient is not finite.
+        """
+        began = time.perf_counter()
+        images, targets = self.epochs.at(self.step).to(self.workers.device)
+        self.optimizer.zero_grad()
+        with self.precision:
+            loss = self.task.loss(self.model(images), targets)
+        loss.backward()
+        norm = clip(self.model.parameters(), self.config.clip)
+        mean, length = torch.stack([loss.detach(), norm]).tolist()
+        self._check_finite(mean, length)
+        lr = float(self.optimizer.param_groups[0]["lr"])
+        descend(self.optimizer, mean)
+        self.step += 1
+        spent = time.perf_counter() - began
+        self.seconds += spent
+        return {
+            "kind": "train",
+            "step": self.step,
+            "loss": mean,
+            "lr": lr,
+            "grad_norm": length,
+            "seconds": self.seconds,
+            "images_per_second": len(images) / spent,
+        }
+
+    def _check_finite(self, loss: float, norm: float) -> None:
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise Stopped(
+                f"step {self.step + 1} needs a finite loss and gradient, got loss {loss} and gradient norm {norm}; "
+                "the last checkpoint is kept, start again with a lower --lr or a --clip",
+                2,
+            )
+
+    def validate(self) -> Line:
+        """End an epoch: judge it on the validation images, remember it if it is the best, lower the rate on a plateau.
+
+        Raises: Stopped if the loss is not finite.
+        """
+        with self.at_average():
+            judged = self.judge(self.images.split.val)
+            scores = self.task.means(judged.counts)
+            score = scores[self.task.score]
+            if score > self.best.score:
+                self.best = Best(self.epoch, score, copied(self.model))
+        self._check_finite(judged.loss, 0.0)
+        self.plateau.step(judged.loss)
+        interval = self.task.intervals(judged.counts, self.groups)[self.task.score]
+        return {
+            "kind": "eval",
+            "step": self.step,
+            "epoch": self.epoch,
+            "loss": judged.loss,
+            **scores,
+            "score": self.task.score,
+            "low": interval.low,
+            "high": interval.high,
+            "best": self.best.epoch,
+        }
+
+    def judge(self, places: list[int]) -> Judged:
+        """The model, as it is, on some of the images."""
+        return judge(
+            self.model,
+            in_order(self.images, places, self.batch),
+            self.task.loss,
+            device=self.workers.device,
+            precision=self.precision,
+        )
+
+    @contextmanager
+    def at_average(self) -> Iterator[None]:
+        """The model within is the one to use: with a schedule-free optimizer its average, and statistics for it."""
+        if not isinstance(self.optimizer, optim.ScheduleFree):
+            yield
+            return
+        before = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        with averaged(self.optimizer):
+            batches = in_order(self.images, self.images.split.train, self.batch)
+            device = self.workers.device
+            settle(self.model, (b.images.to(device) for b in islice(batches, SETTLED)))
+            yield
+        for name, buffer in self.model.named_buffers():
+            buffer.copy_(before[name])
+
+    def checkpoint(self) -> Checkpoint:
+        """Everything that later steps depend on.
+
+        Raises: Stopped if a parameter is not finite: it must not replace a good checkpoint.
+        """
+        for name, parameter in self.model.named_parameters():
+            if not parameter.isfinite().all():
+                raise Stopped(
+                    f"the checkpoint of step {self.step} needs finite parameters, got others in {name}; "
+                    "the checkpoint before is kept, start again with a lower --lr",
+                    2,
+                )
+        with averaged(self.optimizer):
+            model, optimizer = copied(self.model), self.optimizer.state_dict()
+        plateau = {key: getattr(self.plateau, key) for key in PLATEAU}
+        if not math.isfinite(plateau["best"]):  # before the first epoch, and not to be had in JSON
+            del plateau["best"]
+        training = {
+            "optimizer": optimizer,
+            "plateau": plateau,
+            "best": dict(self.best._asdict()),
+            "random": random_states(self.workers.device),
+            "seconds": self.seconds,
+        }
+        return Checkpoint(self.step, model, training)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go on from a checkpoint.
+
+        Raises: ValueError if the optimizer's state is that of another optimizer or model.
+        """
+        self.model.load_state_dict(checkpoint.model)
+        training: dict[str, Any] = checkpoint.training
+        self.optimizer.load_state_dict(training["optimizer"])
+        if isinstance(self.optimizer, optim.ScheduleFree):
+            self.optimizer.train()
+        vars(self.plateau).update(training["plateau"])
+        self.best = Best(**training["best"])
+        torch.set_rng_state(training["random"]["cpu"])
+        if self.workers.device.type == "cuda" and "cuda" in training["random"]:
+            torch.cuda.set_rng_state(training["random"]["cuda"])
+        self.step, self.seconds = checkpoint.step, training["seconds"]
+
+
+def copied(model: nn.Module) -> dict[str, Tensor]:
+    """The state of a model, on the CPU, apart from it."""
+    return {name: x.detach().cpu().clone() for name, x in model.state_dict().items()}
