@@ -81,7 +81,11 @@ def test_two_passes_are_enough_or_refused(m, r, condition, dtype):
     if Q is not None:
         assert orthonormality(Q) <= ORTHONORMAL[dtype]
         assert residual(K, Q) <= 1
-    bad = torch.stack([K, torch.full_like(K, torch.nan)]), torch.zeros_like(K), K * torch.finfo(dtype).max ** 0.9
+    bad = (
+        torch.stack([K, torch.full_like(K, torch.nan)]),
+        torch.zeros_like(K),
+        K * torch.finfo(dtype).max ** 0.9,
+    )
     assert all(twice(X) is None for X in bad)
 
 
