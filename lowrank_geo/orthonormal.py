@@ -230,11 +230,11 @@ def sign_factor(G: Tensor, damping: float = DAMPING) -> Tensor:
     identity = torch.eye(G.shape[-1], dtype=G.dtype, device=G.device)
     # The damping keeps the Gram positive under rounding, which the growing polynomials need.
     gram = symmetric(G) + damping**2 * identity
-    gram, Q = gram / HEADROOM**2, None
+    gram, Q = gram / HEADROOM**2, identity
     steps = POLAR_EXPRESS[: STEPS.get(G.dtype, len(POLAR_EXPRESS))]
     for step, (a, b, c) in enumerate(steps, start=1):
         P = a * identity + plus(b * gram, c * gram, gram)
-        Q = P / HEADROOM if Q is None else Q @ P
+        Q = Q @ P if step > 1 else P / HEADROOM
         if step < len(steps):
             gram = symmetric(P @ gram @ P)
     return Q
