@@ -1,7 +1,8 @@
 """The protocol of every benchmark: equal grids, three seeds at the best learning rates, one JSON line a run.
 
 Every method gets the same grid of learning rates with one seed; while the optimum lies at an edge the grid grows there.
-Then the best learning rate and its two neighbours get three seeds. Runs already in the results file are skipped, so a
+Then the best learning rate and its two neighbours get three seeds, and the grid grows again if the best mean is at an
+edge. Runs already in the results file are skipped, so a
 benchmark that was stopped goes on where it was.
 """
 
@@ -81,30 +82,41 @@ def sweep(
         value = store.get(Run(method, lr, seed), compute)["loss"]
         return value if math.isfinite(value) else math.inf
 
+    def mean(lr: float) -> float:
+        return statistics.fmean(loss(lr, seed) for seed in range(seeds))
+
     ratio = rates[1] / rates[0]
-    for _ in range(GROWTH):
-        best = min(rates, key=loss)
-        if best == rates[0]:
-            rates.insert(0, round_rate(rates[0] / ratio))
-        elif best == rates[-1]:
-            rates.append(round_rate(rates[-1] * ratio))
-        else:
+    best = min(rates, key=loss)
+    while True:
+        at = rates.index(best)
+        if at in (0, len(rates) - 1) and len(rates) < len(grid) + GROWTH:
+            rates.insert(*((0, rates[0] / ratio) if at == 0 else (len(rates), rates[-1] * ratio)))
+            rates = [round_rate(lr) for lr in rates]
+            best = min(best, rates[0 if at == 0 else -1], key=loss)
+            continue
+        # More seeds may find that a neighbour is better, which then needs neighbours of its own.
+        chosen = min(rates[max(at - 1, 0) : at + 2], key=mean)
+        if chosen == best:
             break
-    at = rates.index(best)
-    finalists = rates[max(at - 1, 0) : at + 2]
-    means = {lr: statistics.fmean(loss(lr, seed) for seed in range(seeds)) for lr in finalists}
-    chosen = min(means, key=lambda lr: means[lr])
+        best = chosen
     values = [loss(chosen, seed) for seed in range(seeds)]
-    usable = [lr for lr in rates if loss(lr) <= 1.05 * loss(best)]
+    usable = [lr for lr in rates if loss(lr) <= 1.05 * min(map(loss, rates))]
     return Row(
         method,
         chosen,
-        means[chosen],
-        statistics.stdev(values) if seeds > 1 else 0.0,
+        mean(chosen),
+        spread(values),
         seeds,
         max(usable) / min(usable),
         store.records[Run(method, chosen, 0)],
     )
+
+
+def spread(values: list[float]) -> float:
+    """Standard deviation; 0 for a single value, NaN if one is not finite."""
+    if not all(map(math.isfinite, values)):
+        return math.nan
+    return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def round_rate(lr: float) -> float:

@@ -1,7 +1,7 @@
 """Part d of optimizers.py: VGG-16 and a ViT with 25 % and 5.65 % of their parameters, ours and dynamical low-rank ones.
 
     python benchmarks/optimizers.py d                    # scikit-learn's digits, about 4 hours on one core
-    python benchmarks/optimizers.py d --quick            # three optimizers, VGG-16, two epochs: 40 minutes
+    python benchmarks/optimizers.py d --quick            # three optimizers, VGG-16, one epoch: 20 minutes
     python benchmarks/optimizers.py d --images FOLDER    # e.g. CIFAR-10: FOLDER/train/CLASS/*.png, FOLDER/test/...
 
 Fixed-rank rows get their ranks from `plan_ranks(budget=...)`. Dynamical low-rank training chooses them itself, by its
@@ -141,14 +141,14 @@ def rows(
     """Header and rows of the table."""
     models = {"VGG-16": vgg} if quick else MODELS
     first_rates = {name: lr for name, lr in FIRST.items() if name in QUICK or not quick}
-    epochs = 2 if quick else EPOCHS
+    epochs = 1 if quick else EPOCHS
     data = digits() if images is None else folder(images)
     label = "digits" if images is None else images.name
     found = []
     for model, build in models.items():
         for budget in BUDGETS:
             for name, first in first_rates.items():
-                key = f"{label} | {model} | {epochs} epochs | {budget:.2%} | {name}"
+                key = f"{label} | {model} | {epochs} epoch(s) | {budget:.2%} | {name}"
                 run = partial(compute, name, build, budget, data, epochs)
                 row = sweep(store, key, geometric(first, 2.0, 3), run)
                 records = [r for k, r in store.records.items() if (k.method, k.lr) == (key, row.lr)]
