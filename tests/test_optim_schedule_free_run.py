@@ -9,9 +9,10 @@ import torch
 from optimizer_list import Net, NoHostReads, snapshot
 from oracles import rotation
 from schedule_free_list import build, every_form, same, train
+from torch._dynamo.utils import counters
 
 from lowrank_geo.layers import lowrank_layers
-from lowrank_geo.optim import Polyak
+from lowrank_geo.optim import Polyak, RiemannianSGD, ScheduleFree, param_groups
 
 
 @pytest.fixture
@@ -67,6 +68,41 @@ def test_grad_scaler_skips_an_infinite_step(net, data, form):
     scaler.update()
     after = optimizer.state_dict()["state"]
     assert same(points, snapshot(net)) and all(same(state[key], after[key]) for key in state)
+
+
+def test_a_compiled_inner_step_is_the_same_and_is_compiled_once(net, data, as_on_a_device):
+    torch._dynamo.reset()
+    counters.clear()
+    twin, graphs = copy.deepcopy(net), []
+    ours, reference = build(net), build(twin)
+    ours.optimizer.compile(backend="eager")
+    for _ in range(4):
+        for optimizer in (ours, reference):
+            for group in optimizer.param_groups:
+                group["lr"] *= 0.9
+        train(net, ours, data, 1)
+        train(twin, reference, data, 1)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs == [4] * 4  # two shapes, proposed and taken
+    for a, b in zip(net.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_clipped_and_maximized_losses_train(net, data):
+    groups = [
+        {**group, "maximize": True} for group in param_groups(net, lr=0.05, euclidean_lr=0.05)
+    ]
+    optimizer = ScheduleFree(RiemannianSGD(groups, momentum=0.0))
+    optimizer.train()
+    losses = []
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = (net(data[0]) - data[1]).square().mean()
+        (-loss).backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
 
 
 REPLICA = """
