@@ -68,8 +68,8 @@ OPTIMIZERS: dict[str, Named] = {
     "adavar": Named(of(RiemannianAdam, betas=(0.95, 0.975), gamma=0.975), 5e-3, 2e-3),
     "dlrt-adam": Named(of(AugmentedAdam), 2e-2, 2e-3),
     "dlrt-heavy-ball": Named(of(AugmentedHeavyBall), 0.1, 0.1),
-    "fsgdm": Named(fsgdm, 0.1, 0.1),
-    "lion": Named(of(RiemannianLion), 5e-4, 5e-4),
+    "fsgdm": Named(fsgdm, 0.4, 0.4),
+    "lion": Named(of(RiemannianLion), 2e-3, 2e-3),
     "muon": Named(of(RiemannianMuon), 1e-2, 2e-3),
     "muon-product": Named(of(RiemannianMuon, metric="product"), 1e-2, 2e-3),
     "qhadam": Named(of(RiemannianAdam, betas=(0.95, 0.98), nus=(0.8, 1.0)), 5e-3, 2e-3),
@@ -77,18 +77,18 @@ OPTIMIZERS: dict[str, Named] = {
     "rmsprop": Named(of(RiemannianAdam, betas=(0.0, 0.95)), 2e-3, 1e-3),
     "schedule-free-adam": Named(schedule_free(RiemannianAdam, betas=(0.0, 0.95)), 5e-3, 5e-3),
     "schedule-free-muon": Named(
-        schedule_free(RiemannianMuon, momentum=0.0, betas=(0.0, 0.95)), 1e-2, 2e-3
+        schedule_free(RiemannianMuon, momentum=0.0, betas=(0.0, 0.95)), 8e-2, 2e-3
     ),
     "schedule-free-polyak": Named(
         schedule_free(RiemannianAdam, Polyak(max_lr="lr"), betas=(0.0, 0.95)), 2e-2, 2e-2
     ),
     "schedule-free-sgd": Named(schedule_free(RiemannianSGD, momentum=0.0), 1.0, 1.0),
-    "sgd": Named(of(RiemannianSGD), 0.1, 0.1),
+    "sgd": Named(of(RiemannianSGD), 0.3, 0.3),
     "sgd-clipped": Named(momentum(EMA(0.9), clip=1.0), 1.0, 1.0),
     "sgd-nesterov": Named(of(RiemannianSGD, nesterov=True), 0.1, 0.1),
     "sgd-plain": Named(of(RiemannianSGD, momentum=0.0), 1.0, 1.0),
     "signsgd": Named(of(RiemannianSignum, momentum=0.0), 5e-4, 5e-4),
-    "signum": Named(of(RiemannianSignum), 5e-4, 5e-4),
+    "signum": Named(of(RiemannianSignum), 2e-3, 2e-3),
 }
 
 
