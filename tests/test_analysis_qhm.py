@@ -180,6 +180,25 @@ def test_the_losses_of_the_papers_figure(setting, printed):
     assert abs(found - printed) < max(0.1 * found, 0.0065)
 
 
+@pytest.mark.parametrize("setting", FIGURE_2, ids=str)
+def test_the_losses_of_the_papers_figure_on_the_real_optimizer(setting):
+    """Its problem, 400 times at once, after the transient: within 10 % of the formula."""
+    alpha, beta, nu = setting
+    curvatures = torch.tensor([1.0, 0.1], dtype=torch.float64)
+    x = nn.Parameter(torch.zeros(400, 2, dtype=torch.float64))
+    optimizer = RiemannianSGD([x], lr=alpha, filter=QHM(nu, beta))
+    settled = round(4 / (1 - qhm.rate(alpha, beta, nu, [0.1, 1.0])))
+    losses = []
+    for step in range(settled + 400):
+        if step >= settled:
+            losses.append(float((curvatures * x.detach().square() / 2).sum(-1).mean()))
+        # The covariance of the noise is 0.3 I.
+        x.grad = curvatures * x.detach() + math.sqrt(0.3) * torch.randn_like(x)
+        optimizer.step()
+    expected = qhm.stationary_loss(*setting, [1.0, 0.1], 0.3)
+    assert np.mean(losses) == pytest.approx(expected, rel=0.1)
+
+
 def test_the_published_expansion_holds_for_short_steps_and_says_where_it_does_not():
     for alpha in (0.01, 0.005):
         exact, short = (

@@ -12,9 +12,13 @@ from typer.testing import CliRunner
 
 from lowrank_geo.analysis import qhm
 from lowrank_geo.analysis.advice import METHODS, Problem, advise
+from lowrank_geo.analysis.balance_report import balance_report
+from lowrank_geo.analysis.conditions import PowerSchedule
+from lowrank_geo.analysis.diagonal_report import diagonal_report
 from lowrank_geo.analysis.flow_report import flow_report, rates_by_order
 from lowrank_geo.analysis.frequency_report import frequency_report
 from lowrank_geo.analysis.qhm_report import advice_report
+from lowrank_geo.analysis.schedule_report import schedule_report
 from lowrank_geo.cli.app import app
 from lowrank_geo.optim import RiemannianSGD
 from lowrank_geo.optim.filters import QHM
@@ -71,6 +75,9 @@ REPORTS = {
     "frequency": lambda: frequency_report("fsgdm", 100, "cosine", 1.0),
     "contracted": lambda: frequency_report("sgd", 100, "constant", 0.99),
     "advice": lambda: advice_report(NOISY, "qhm"),
+    "balance": lambda: balance_report(0.5, 0.02, 1),
+    "diagonal": lambda: diagonal_report(0.5, 0.08, 0.5, 0),
+    "schedule": lambda: schedule_report(PowerSchedule(0.5, w=0.75, d=0.5, nu=0.7), 1.0, 600, 0),
 }
 
 
@@ -99,7 +106,30 @@ def test_the_reports_say_what_was_measured():
     )
 
 
+def test_the_reports_of_bias_say_what_the_theory_promises():
+    numbers = {what: value for what, value, _ in diagonal_report(0.5, 0.04, 0.5, 0).numbers}
+    assert float(numbers["error of ln(u v)"].rstrip("%")) < 2
+    assert float(numbers["its fall per halving"]) == pytest.approx(4, abs=0.8)
+    assert float(numbers["and without"]) == pytest.approx(2, abs=0.3)
+    numbers = {what: value for what, value, _ in balance_report(0.9, 0.02, 1).numbers}
+    assert float(numbers["its fall per halving"]) == pytest.approx(2, abs=0.15)
+
+
+def test_the_report_of_a_schedule_says_whether_a_theorem_covers_it():
+    inside = schedule_report(PowerSchedule(0.5, w=0.75, d=0.5, nu=0.7), 1.0, 2000, 0)
+    outside = schedule_report(PowerSchedule(0.1, nu=0.7), 1.0, 2000, 0)
+    assert (inside.status, outside.status) == ("inside the theorems", "outside the theorems")
+    ends = [{a: b for a, b, _ in x.numbers} for x in (inside, outside)]
+    assert float(ends[0]["loss at the end"]) < 0.3 * float(ends[0]["of constant settings"])
+    assert float(ends[1]["loss at the end"]) == pytest.approx(
+        float(ends[1]["their stationary loss"]), rel=0.15
+    )
+
+
 COMMANDS = [
+    ["balance", "--mu", "0", "--lam", "0.05"],
+    ["schedule", "--steps", "50"],
+    ["diagonal", "--lam", "0.08", "--start", "0.5"],
     ["flow", "--mu", "0.5", "--eta", "0.02", "--steps", "20", "--order", "2"],
     ["qhm", "--nu", "1"],
     ["frequency", "--optimizer", "lion", "--steps", "50"],
@@ -146,6 +176,13 @@ BAD = {
         ["advise", "--curvature-max", "2", "--curvature-min", "1", "--optimizer", "adam"],
         "sgd, heavy-ball, nesterov, qhm, got 'adam'",
     ),
+    "a start": (["diagonal", "--start", "0"], "start > 0, got 0.0"),
+    "a run that diverges": (["diagonal", "--lam", "20"], "a run that converges, got"),
+    "a balance that diverges": (["balance", "--lam", "9"], "does not diverge, got lam 9"),
+    "no momentum at all": (["balance", "--mu", "-1"], "mu in [0, 1), got -1.0"),
+    "a power": (["schedule", "--w", "-1"], "w >= 0, got -1.0"),
+    "two powers": (["schedule", "--c", "0.5", "--d", "0.5"], "c or d to be 0, got 0.5 and 0.5"),
+    "few steps": (["schedule", "--steps", "3"], "steps >= 10, got 3"),
     "no folder": (["qhm", "--out", "/nowhere/a.html"], "a folder that exists, got /nowhere"),
 }
 

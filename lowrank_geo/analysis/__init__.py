@@ -2,7 +2,7 @@
 
 from lowrank_geo.analysis import linear, qhm
 from lowrank_geo.analysis.advice import Advice, Problem, advise
-from lowrank_geo.analysis.balance import balance_change, imbalance
+from lowrank_geo.analysis.balance import balance_change, horizontal, imbalance
 from lowrank_geo.analysis.coefficients import CounterTerms, counter_terms, flow_coefficients
 from lowrank_geo.analysis.conditions import PowerSchedule, first_theorem, second_theorem
 from lowrank_geo.analysis.diagonal import implicit_bias, momentum_bias, shrinkage
@@ -18,6 +18,12 @@ from lowrank_geo.analysis.frequency import (
 )
 from lowrank_geo.analysis.manifold import noise_floor, riemannian_flow, riemannian_hessian
 from lowrank_geo.analysis.measured import frequency_response_of
+from lowrank_geo.analysis.penalty import (
+    factor_modified_loss,
+    factor_penalty,
+    manifold_modified_loss,
+    manifold_penalty,
+)
 from lowrank_geo.analysis.quadratic import QuadraticFlow, quadratic_flow
 from lowrank_geo.analysis.regularization import (
     directional_smoothness,
@@ -41,6 +47,8 @@ __all__ = [
     "directional_smoothness",
     "dynamic_response",
     "effective_gain",
+    "factor_modified_loss",
+    "factor_penalty",
     "first_theorem",
     "flow_coefficients",
     "flow_validity_bound",
@@ -50,9 +58,12 @@ __all__ = [
     "gradient_of",
     "gradient_weights",
     "heavy_ball_flow",
+    "horizontal",
     "imbalance",
     "implicit_bias",
     "linear",
+    "manifold_modified_loss",
+    "manifold_penalty",
     "matched_lr",
     "modified_loss",
     "modified_loss_of",

@@ -3,6 +3,7 @@
 The low-rank counterpart of what momentum does to diagonal networks (`lowrank_geo.analysis.diagonal`).
 """
 
+import torch
 from torch import Tensor
 
 from lowrank_geo.analysis.coefficients import steady
@@ -39,3 +40,29 @@ def balance_change(method: TwoStep, lr: float, gradients: Tensor) -> Tensor:
     tensor([[0.1000]])
     """
     return -2 * lr * float(steady(method, 2)[1]) * gradients  # steady(…)[1] is −γ
+
+
+def horizontal(U: Tensor, V: Tensor, gU: Tensor, gV: Tensor) -> tuple[Tensor, Tensor]:
+    """The part of a change (gU, gV) of two factors that is orthogonal to those that leave U Vᵀ as it is, (U A, −V Aᵀ).
+
+    Along these directions the loss is flat, the companion roots of momentum are {1, β}, and noise adds up without end:
+    only what is horizontal has a stationary distribution. A solves UᵀU A + A VᵀV = Uᵀ gU − gVᵀ V.
+
+    Shapes: U, gU (…, m, r), V, gV (…, n, r) -> theirs.
+    Raises: ValueError where neither UᵀU nor VᵀV has full rank.
+    Source: derived.
+
+    >>> U, V = torch.eye(2, 1), 2 * torch.eye(3, 1)
+    >>> [part.sum().item() for part in horizontal(U, V, U, -V)]  # such a change has no horizontal part
+    [0.0, 0.0]
+    """
+    left, P = torch.linalg.eigh(U.mT @ U)
+    right, Q = torch.linalg.eigh(V.mT @ V)
+    sums = left[..., :, None] + right[..., None, :]
+    if not bool(sums.min() > torch.finfo(sums.dtype).eps * sums.max()):
+        raise ValueError(
+            f"horizontal needs factors of full rank, got eigenvalues of UᵀU and VᵀV down to {float(sums.min()):.3g} "
+            "together; lower the rank"
+        )
+    A = P @ ((P.mT @ (U.mT @ gU - gV.mT @ V) @ Q) / sums) @ Q.mT
+    return gU - U @ A, gV + V @ A.mT

@@ -43,12 +43,13 @@ def curves(
     x: str,
     y: str,
     *,
+    dots: Mapping[str, Curve] | None = None,
     edges: Mapping[str, float] | None = None,
     logs: str = "",
     half: bool = True,
     columns: int = 0,
 ) -> Figure:
-    """Lines over one axis, with vertical edges where something ends.
+    """Lines over one axis, with dots for what was measured and vertical edges where something ends.
 
     Args: logs: "x", "y", "xy" or "" for the axes that are logarithmic. columns: of a legend above the axes.
     """
@@ -56,6 +57,9 @@ def curves(
     for place, (name, (at, values)) in enumerate(lines.items()):
         colour, dash = COLOURS[place % len(COLOURS)], DASHES[place % len(DASHES)]
         axes.plot(at, values, dash, color=colour, label=name)
+    for place, (name, (at, values)) in enumerate((dots or {}).items()):
+        colour, marker = COLOURS[place % len(COLOURS)], "os^Dv"[place % 5]
+        axes.plot(at, values, marker, color=colour, markersize=4, label=name)
     for place, (name, edge) in enumerate((edges or {}).items()):
         axes.axvline(
             edge, color=(GREY, INK)[place % 2], linestyle=":-"[place % 2], linewidth=1, label=name

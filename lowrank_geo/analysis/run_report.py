@@ -6,7 +6,7 @@ import numpy as np
 
 from lowrank_geo.analysis import figures
 from lowrank_geo.analysis.frequency import frequency_response
-from lowrank_geo.analysis.frequency_report import named_optimizer
+from lowrank_geo.analysis.momenta import momentum_named
 from lowrank_geo.analysis.pages import Report
 from lowrank_geo.analysis.runs import (
     edge_share,
@@ -16,7 +16,6 @@ from lowrank_geo.analysis.runs import (
     spectrum_of_gradients,
 )
 from lowrank_geo.canvas import STEP
-from lowrank_geo.optim import RiemannianSGD
 from lowrank_geo.recorded import printable, quantiles, read_metrics
 from lowrank_geo.train.run_folder import read_record
 
@@ -28,8 +27,7 @@ def run_report(run: Path) -> Report:
     """
     recorded, config = read_sketches(run), read_record(run)["config"]
     count = len(recorded.steps)
-    optimizer = named_optimizer(config["optimizer"], config["steps"])
-    filter = optimizer.rule(optimizer.param_groups[0]).filter
+    filter, plain = momentum_named(config["optimizer"], config["steps"])
     middle = int(recorded.steps[count // 2])
     ratio = signal_to_noise(recorded.gradients)
     at, curvature = smoothness(recorded, max(8, count // 12))
@@ -50,7 +48,7 @@ def run_report(run: Path) -> Report:
             "of what moves the weights",
         ),
     ]
-    if type(optimizer) is RiemannianSGD:
+    if plain:
         lr = float(np.median(recorded.lr))
         share = edge_share(filter, middle, lr, float(np.median(curvature)))
         numbers.append(

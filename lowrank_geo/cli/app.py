@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lowrank_geo.cli.analyze import app as analyze
+from lowrank_geo.cli.analyze_bias import app as analyze
 from lowrank_geo.cli.display import Display
 from lowrank_geo.cli.images import add_commands
 from lowrank_geo.cli.options import config_options, given
