@@ -98,12 +98,13 @@ def diagonal_report(mu: float, lam: float, start: float, seed: int) -> Report:
             (
                 "Shrinkage of the initialisation",
                 figures.curves(
-                    {"predicted": (entries, predicted[order].numpy())},
+                    {"predicted": (entries, -predicted[order].numpy())},
                     "coordinate, sorted (number)",
-                    "ln(u v) since the start (no unit)",
-                    dots={"measured": (entries, measured[order].numpy())},
+                    "fall of ln(u v) (no unit)",
+                    dots={"measured": (entries, -measured[order].numpy())},
+                    logs="y",
                 ),
-                f"RiemannianSGD at η/(1 − μ)² = {sizes[-1]:.3g}; the line is −4η(1 + μ)/(1 − μ)³ ∫ r² dt.",
+                f"RiemannianSGD at η/(1 − μ)² = {sizes[-1]:.3g}; the line is 4η(1 + μ)/(1 − μ)³ ∫ r² dt.",
             ),
             (
                 "Error of the solution",

@@ -30,9 +30,10 @@ ALPHA = "effective learning rate α (weight per gradient)"
 
 
 def log_x(axes: Axes) -> None:
-    """A log x axis with labels at powers of ten."""
+    """A log x axis with labels at powers of ten, and between them where it spans less than three."""
     axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator())
+    low, high = axes.get_xlim()
+    axes.xaxis.set_major_locator(LogLocator(subs=(1,) if high > 1e3 * low else (1, 2, 5)))
     axes.xaxis.set_major_formatter(FuncFormatter(readable))
     axes.xaxis.set_minor_locator(NullLocator())
 

@@ -83,7 +83,7 @@ def schedule_report(schedule: PowerSchedule, noise: float, steps: int, seed: int
             ),
             (
                 "The schedules",
-                figures.curves(shown, STEP, "α (weight per gradient), 1 − β, 1 − ν", logs="xy"),
+                figures.curves(shown, STEP, "value (α: weight per gradient)", logs="xy"),
                 "Straight lines are powers of the step.",
             ),
         ],
