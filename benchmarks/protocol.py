@@ -149,3 +149,27 @@ def table(header: list[str], rows: list[list[str]]) -> str:
         return "| " + " | ".join(c.ljust(w) for c, w in zip(cells, widths, strict=True)) + " |"
 
     return "\n".join([line(header), line(["-" * w for w in widths]), *(line(r) for r in rows)])
+
+
+class Lines:
+    """Finished measurements, one JSON line each, known by their settings: what is there is not measured again."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self.records = (
+            [json.loads(x) for x in path.read_text().splitlines()] if path.exists() else []
+        )
+
+    def get(
+        self, settings: dict[str, Any], compute: Callable[[], dict[str, Any]]
+    ) -> dict[str, Any]:
+        """The record of some settings, measured and appended if it is not there."""
+        for record in self.records:
+            if settings.items() <= record.items():
+                return record
+        record = {**settings, **compute(), **environment()}
+        with self.path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        self.records.append(record)
+        return record
