@@ -1,6 +1,7 @@
 """The report of `lowrank-geo analyze balance`: what momentum does to UᵀU − VᵀV of two factors."""
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ def factor_run(mu: float, lr: float, seed: int) -> tuple[np.ndarray, np.ndarray,
     """
     method = two_step(HeavyBall(mu))
     generator = torch.Generator().manual_seed(seed)
-    kind = {"generator": generator, "dtype": torch.float64}
+    kind: dict[str, Any] = {"generator": generator, "dtype": torch.float64}
     target = torch.randn(8, 7, **kind)
     U, V = (nn.Parameter(0.6 * torch.randn(k, 3, **kind)) for k in (8, 7))
     optimizer = RiemannianSGD([U, V], lr=lr, momentum=mu)

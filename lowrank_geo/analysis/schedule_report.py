@@ -1,5 +1,7 @@
 """The report of `lowrank-geo analyze schedule`: is a schedule of α, β, ν inside the theorems, and what it does."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import nn
@@ -22,7 +24,7 @@ def scheduled_losses(
     Shapes: -> steps (k), losses (k).
     """
     generator = torch.Generator().manual_seed(seed)
-    kind = {"generator": generator, "dtype": torch.float64}
+    kind: dict[str, Any] = {"generator": generator, "dtype": torch.float64}
     x = nn.Parameter(torch.ones(COPIES, dtype=torch.float64))
     optimizer = RiemannianSGD([x], filter=schedule)
     shown = np.unique(np.geomspace(1, steps, SHOWN).round().astype(int))
