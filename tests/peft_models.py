@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+import peft
+import pytest
 import torch
 import transformers
 from peft import get_peft_model
@@ -9,7 +11,13 @@ from torch import Tensor, nn
 
 from lowrank_geo.peft import FixedRankConfig
 
+PEFT = tuple(map(int, peft.__version__.split(".")[:2]))
 VOCABULARY = {"vocab_size": 40, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+
+
+def needs_peft(major: int, minor: int, reason: str) -> pytest.MarkDecorator:
+    """Skips what an older PEFT does not do; .ci/peft-matrix runs the tests with two of them."""
+    return pytest.mark.skipif(PEFT < (major, minor), reason=f"PEFT {major}.{minor}: {reason}")
 
 
 class Family(NamedTuple):

@@ -6,7 +6,9 @@ import json
 import pytest
 import torch
 from peft import PeftModel
-from peft_models import tiny
+from peft_models import needs_peft, tiny
+from safetensors.torch import load_file
+from tiny_models import relative
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForSequenceClassification,
@@ -35,8 +37,10 @@ def folder(tmp_path_factory):
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="[PAD]", eos_token="[EOS]", unk_token="[UNK]"
     )
-    for family in ("encoder", "decoder"):
-        tiny(family).save_pretrained(home / family)
+    # A saved model is loaded with the dropout of its configuration.
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    for family, changes in (("encoder", still), ("decoder", {})):
+        tiny(family, **changes).save_pretrained(home / family)
         fast.save_pretrained(home / family)
     generator = torch.Generator().manual_seed(0)
     rows = []
@@ -95,7 +99,37 @@ def test_a_language_model_is_fine_tuned_on_lines(folder, tmp_path):
     assert result["loss"] < untouched["loss"] - 0.2 and "accuracy" not in result
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("task", ["seq-cls", "causal-lm"])
+def test_accumulated_batches_are_one_large_batch(folder, task, tmp_path):
+    kind = {"seq-cls": ("encoder", "rows.jsonl"), "causal-lm": ("decoder", "rows.txt")}[task]
+    base = {"model": str(folder / kind[0]), "data": str(folder / kind[1]), "task": task}
+    # Plain gradient descent, whose steps are as long as the gradient; a spectral step would hide a factor.
+    common = base | {"optimizer": "sgd-plain", "lr": 0.1, "euclidean_lr": 0.1, "steps": 2}
+    found = []
+    for batch, accumulate in ((8, 1), (2, 4)):
+        out = tmp_path / str(batch)
+        changes = common | {"batch": batch, "accumulate": accumulate}
+        finetune(settings(folder, **changes), out)
+        logs = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        weights = load_file(out / "adapter" / "adapter_model.safetensors")
+        found.append((weights, [line["loss"] for line in logs if "loss" in line]))
+    (whole, losses), (pieces, again) = found
+    assert losses == pytest.approx(again, rel=1e-4)
+    S = [key for key in whole if key.endswith(".S")]
+    assert S and all(relative(pieces[key], whole[key]) < 1e-3 for key in S)
+    assert all(whole[key].norm() > 0 for key in S)
+
+
+PRECONDITIONER = needs_peft(0, 21, "has create_riemannian_optimizer")
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(name, marks=PRECONDITIONER) if name == "lora-riemannian" else name
+        for name in METHODS
+    ],
+)
 def test_every_method_trains(folder, method):
     config = settings(folder, steps=12)
     result = finetune(config, method=method)

@@ -1,4 +1,4 @@
-"""Adapters on a base quantised by torchao, bitsandbytes or HQQ, through PEFT's own quantisation utilities, on CPU."""
+"""Adapters on a base quantised by torchao, bitsandbytes or HQQ, through PEFT's quantisation utilities, on the CPU."""
 
 from collections.abc import Callable
 from typing import NamedTuple

@@ -24,13 +24,14 @@ class FinetuneConfig:
     lr: float | None = option(None, "Learning rate of the adapters; the method's own if left out.")
     euclidean_lr: float = option(2e-3, "Learning rate of the new head.")
     steps: int = option(80, "Optimizer steps.")
-    batch: int = option(16, "Examples of a step.")
+    batch: int = option(16, "Examples that are computed together.")
+    accumulate: int = option(1, "Batches of a step.")
     length: int = option(64, "Longest text, in tokens.")
     seed: int = option(0, "Of the head, the adapters and the order of the examples.")
     targets: str = option("all-linear", "Layers to adapt: all-linear, or names with commas.")
 
     def __post_init__(self) -> None:
-        for name in ("r", "steps", "batch", "length"):
+        for name in ("r", "steps", "batch", "accumulate", "length"):
             if getattr(self, name) < 1:
                 raise ValueError(
                     f"{name} needs to be at least 1, got {getattr(self, name)}; raise it"

@@ -87,6 +87,15 @@ def accuracy(prediction: Any) -> dict[str, float]:
     return {"accuracy": (logits.argmax(-1) == labels).float().mean().item()}
 
 
+def mean_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    """The cross entropy of a classifier as its share of the mean over all batches of a step.
+
+    Of a model that computes its loss itself, Trainer adds up the means of the batches that it accumulates.
+    """
+    total = nn.functional.cross_entropy(outputs["logits"], labels, reduction="sum")
+    return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
+
+
 def finetune(
     config: FinetuneConfig,
     out: Path | None = None,
@@ -117,6 +126,7 @@ def finetune(
             train_dataset=Tokens(examples.train, tokenizer, config),
             eval_dataset=Tokens(examples.held_out, tokenizer, config),
             compute_metrics=accuracy if config.task == "seq-cls" else None,
+            compute_loss_func=mean_loss if config.task == "seq-cls" else None,
             optimizers=(optimizer, None),
             callbacks=[Allocation(), RankCallback()],
         )
@@ -150,6 +160,7 @@ def arguments(config: FinetuneConfig, scratch: str) -> TrainingArguments:
     return TrainingArguments(
         output_dir=scratch,
         per_device_train_batch_size=config.batch,
+        gradient_accumulation_steps=config.accumulate,
         per_device_eval_batch_size=64,
         max_steps=config.steps,
         warmup_steps=max(1, config.steps // 20),
