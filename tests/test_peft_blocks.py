@@ -4,7 +4,7 @@ import pytest
 import torch
 from einops import rearrange
 from peft import PeftModel, get_peft_model
-from peft_models import batch, blur, descent, logits, tiny
+from peft_models import batch, blur, descent, logits, needs_peft, tiny
 from tiny_models import relative
 from torch import nn
 
@@ -44,6 +44,7 @@ def gpt2(name, **changes):
     ).eval()
 
 
+@needs_peft(0, 21, "loads nested names under another adapter name")
 @every_pattern
 def test_a_fused_projection_gets_a_triple_for_each_block(name, tmp_path):
     model, inputs = gpt2(name), batch("decoder-conv1d")
@@ -158,6 +159,7 @@ def test_parameters_of_experts_are_adapted(is_transposed, tmp_path):
     assert merged.state_dict().keys() == plain.state_dict().keys()
 
 
+@needs_peft(0, 20, "shares wrappers of parameters")
 def test_a_second_adapter_of_parameters_shares_the_wrappers():
     x = torch.randn(2, 4)
     model = mixture()

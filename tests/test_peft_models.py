@@ -6,7 +6,18 @@ import peft
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from peft_models import FAMILIES, GENERATING, batch, blur, config, descent, logits, tiny, wrapped
+from peft_models import (
+    FAMILIES,
+    GENERATING,
+    batch,
+    blur,
+    config,
+    descent,
+    logits,
+    needs_peft,
+    tiny,
+    wrapped,
+)
 from tiny_models import relative
 
 import lowrank_geo
@@ -210,6 +221,7 @@ def test_generation_with_mixed_adapters_is_that_of_each_alone(family, beams):
         assert torch.equal(mixed[row], alone[row])
 
 
+@needs_peft(0, 20, "loads a state without its wrapper")
 @every_family
 def test_injection_without_a_wrapper_gives_the_same_model(family):
     model, inputs = wrapped(family, task_type=None), batch(family)
@@ -221,6 +233,7 @@ def test_injection_without_a_wrapper_gives_the_same_model(family):
     assert torch.equal(logits(bare.eval(), inputs), logits(model, inputs))
 
 
+@needs_peft(0, 20, "loads a state without its wrapper")
 @every_family
 def test_transformers_add_save_and_load_an_adapter(family, tmp_path, monkeypatch):
     # transformers 5.24 asks for a PEFT that is not released yet.

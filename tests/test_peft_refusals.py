@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from peft import LoraConfig, PeftMixedModel, PeftModel, get_peft_model
-from peft_models import mlp
+from peft_models import mlp, needs_peft
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -53,6 +53,7 @@ def test_an_adapter_that_cannot_be_made_leaves_the_model_alone(changes, sentence
     untouched(model)
 
 
+@needs_peft(0, 21, "refuses a second adapter of one name")
 def test_a_second_adapter_that_cannot_be_made_leaves_the_first_alone():
     model = get_peft_model(mlp(), config()).eval()
     x = torch.randint(0, 11, (7, 6))
