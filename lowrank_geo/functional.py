@@ -62,6 +62,45 @@ def lowrank_linear(
     return F.linear(a if right is None else a @ right, left, bias)
 
 
+def add_lowrank_linear(
+    y: Tensor,
+    x: Tensor,
+    U: Tensor,
+    S: Tensor,
+    V: Tensor,
+    *,
+    scale: float = 1.0,
+    gradient: Gradient = "factors",
+) -> Tensor:
+    """y + scale · x Wᵀ with W = U S Vᵀ, in the dtype of y; the product is added as it is made, where torch can.
+
+    Shapes: y (..., m), x (..., n), U (m, r), S (r, r), V (n, r) -> (..., m).
+    Raises: as `lowrank_linear`.
+    """
+    cast = autocast(x)
+    rows = cast.reshape(-1, x.shape[-1])
+    onto = y.reshape(-1, y.shape[-1])
+    alike = x.shape[-1] == V.shape[0] and onto.shape == (rows.shape[0], U.shape[0])
+    if (
+        gradient not in GRADIENTS
+        or not alike
+        or y.dtype != cast.dtype
+        or onto.device != rows.device
+    ):
+        change = lowrank_linear(x, U, S, V, gradient=gradient)
+        return y + (change if scale == 1 else scale * change).to(y.dtype)
+    if gradient == "tangent":
+        if dispatch.layer_kernel(rows, U, S, V, None) is not None:
+            change = lowrank_linear(x, U, S, V, gradient=gradient)
+            return y + (change if scale == 1 else scale * change)
+        refuse_forward_derivatives("lowrank_linear", y, x, U, S, V)
+        return AddTangentLinear.apply(onto, rows, U, S, V, scale)[0].reshape(y.shape)
+    left, right = fold(rows.shape[0], U.to(cast.dtype), S.to(cast.dtype))
+    a = rows @ V.to(cast.dtype)
+    a = a if right is None else a @ right
+    return torch.addmm(onto, a, left.mT, alpha=scale).reshape(y.shape)
+
+
 def autocast(x: Tensor) -> Tensor:
     """x in the dtype that autocast would give a linear layer: float64 is left alone.
 
@@ -98,6 +137,37 @@ class TangentLinear(torch.autograd.Function):
             with_x = ctx.needs_input_grad[0]
             grads = reference.lowrank_linear_backward(g, x, U, S, V, a, with_x)
         return once("lowrank_linear", grads)
+
+
+class AddTangentLinear(torch.autograd.Function):
+    """`TangentLinear`, times a number and added to y0.
+
+    Shapes: y0 (B, m), x (B, n), U (m, r), S (r, r), V (n, r) -> y (B, m), a (B, r).
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        y0: Tensor, x: Tensor, U: Tensor, S: Tensor, V: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        return reference.add_lowrank_linear(y0, x, U, S, V, scale)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        ctx.scale = inputs[-1]
+        keep(ctx, inputs[1:], output[1])
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None, _: None) -> tuple:
+        if g is None:
+            return (None,) * 6
+        with no_autocast(g):
+            x, U, S, V, a = ctx.saved_tensors
+            scaled = g if ctx.scale == 1 else ctx.scale * g
+            with_x = ctx.needs_input_grad[1]
+            grads = reference.lowrank_linear_backward(scaled, x, U, S, V, a, with_x)
+        return g, *once("lowrank_linear", grads), None
 
 
 def keep(ctx: Any, inputs: tuple, a: Tensor) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lowrank_geo import guard
 from lowrank_geo.branches import Branch, Product, branched
 from lowrank_geo.convolution import ConvGeometry, lowrank_conv2d
-from lowrank_geo.functional import GRADIENTS, Gradient, lowrank_linear
+from lowrank_geo.functional import GRADIENTS, Gradient, add_lowrank_linear, lowrank_linear
 from lowrank_geo.geometry import Point, check_rank
 from lowrank_geo.init import factorize
 
@@ -201,6 +201,15 @@ class LowRankLinear(LowRankLayer):
             return lowrank_linear(x, *self.point, self.bias, gradient=self._gradient)
         y = self._evaluate(matrix_product, x)
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def add_to(self, y: Tensor, x: Tensor, scale: float = 1.0) -> Tensor:
+        """y + scale · (what the layer gives for x), in the dtype of y; faster than the sum of both.
+
+        Shapes: y (..., out_features), x (..., in_features) -> (..., out_features).
+        """
+        if self.second is not None or self.bias is not None:
+            return y + (scale * self(x)).to(y.dtype)
+        return add_lowrank_linear(y, x, *self.point, scale=scale, gradient=self._gradient)
 
     @property
     def weight(self) -> Tensor:

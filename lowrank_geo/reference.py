@@ -33,6 +33,18 @@ def lowrank_linear(
     return y if bias is None else y + bias.to(y.dtype), a
 
 
+def add_lowrank_linear(
+    y0: Tensor, x: Tensor, U: Tensor, S: Tensor, V: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """y0 + scale · x V Sᵀ Uᵀ and a = x V, in the dtype of x.
+
+    Shapes: y0 (B, m), x (B, n), U (m, r), S (r, r), V (n, r) -> y (B, m), a (B, r).
+    """
+    a = x @ V.to(x.dtype)
+    left, right = fold(x.shape[0], U.to(x.dtype), S.to(x.dtype))
+    return torch.addmm(y0, a if right is None else a @ right, left.mT, alpha=scale), a
+
+
 def lowrank_linear_backward(
     g: Tensor, x: Tensor, U: Tensor, S: Tensor, V: Tensor, a: Tensor, with_x: bool
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:

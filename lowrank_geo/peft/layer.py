@@ -12,7 +12,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from lowrank_geo.layers import LowRankLayer
+from lowrank_geo.layers import LowRankLayer, LowRankLinear
 from lowrank_geo.peft.adapter import Adapter, check_fits
 from lowrank_geo.peft.deltas import (
     kind_of,
@@ -116,8 +116,11 @@ class FixedRankLayer(nn.Module, BaseTunerLayer):
         if active and self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
         for name in active:
-            result = result + self._change(name, x, like=result)
+            result = self._add(name, x, result)
         return result
+
+    def _add(self, name: str, x: Tensor, result: Tensor) -> Tensor:
+        return result + self._change(name, x, like=result)
 
     def _change(self, name: str, x: Tensor, *, like: Tensor) -> Tensor:
         """scale · x ΔWᵀ in the precision of `like`."""
@@ -220,6 +223,12 @@ class FixedRankLayer(nn.Module, BaseTunerLayer):
 
 class FixedRankLinear(FixedRankLayer):
     """Around `nn.Linear`, quantised or not, and Hugging Face's `Conv1D`."""
+
+    def _add(self, name: str, x: Tensor, result: Tensor) -> Tensor:
+        delta: Any = self.fixed_rank_delta[name]
+        if name in self.fixed_rank_start or not isinstance(delta, LowRankLinear):
+            return super()._add(name, x, result)
+        return delta.add_to(result, self.fixed_rank_dropout[name](x), self.fixed_rank_scale[name])
 
 
 class FixedRankConv2d(FixedRankLayer):

@@ -71,9 +71,8 @@ class FixedRankModel(BaseTuner):
         self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
     ) -> None:
         if isinstance(child, FixedRankLayer) and not isinstance(new_module, FixedRankLayer):
-            setattr(
-                parent, child_name, new_module
-            )  # PEFT hands back a `weight`, which not all have
+            # PEFT would hand back a `weight`, which not all layers have.
+            setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
 
