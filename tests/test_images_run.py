@@ -21,9 +21,12 @@ from lowrank_geo.images.run import load_model, new_trainer, resume, train
 from lowrank_geo.images.scores import image_scores
 from lowrank_geo.images.tasks import SEGMENT, read_segmentation
 from lowrank_geo.layers import lowrank_layers
+from lowrank_geo.optim.named import OPTIMIZERS
 from lowrank_geo.train.distributed import Workers
 from lowrank_geo.train.run_folder import RunFolder, read_record
 from lowrank_geo.train.stopped import Stopped
+
+KINDS = ("adam", "dlrt-adam", "fsgdm", "schedule-free-polyak")  # the others are slow together
 
 
 @pytest.fixture(autouse=True)
@@ -96,6 +99,8 @@ def test_a_plateau_lowers_the_rate_and_no_better_score_ends_the_run(config, tmp_
     evaluations = [line for line in measured(run) if line["kind"] == "eval"]
     best = evaluations[-1]["best"]
     assert evaluations[-1]["epoch"] == best + 4 < 30
+    ranked = [(line["dice"], -line["loss"]) for line in evaluations]
+    assert ranked.index(max(ranked)) == best - 1
     trainer = trainer_of(dataclasses.replace(config, lr=1.0))
     for loss in (2.0, 1.0, 1.0, 1.0):
         trainer.plateau.step(loss)
@@ -171,6 +176,22 @@ def test_weights_stay_on_the_manifold(config, tmp_path, optimizer):
     config = dataclasses.replace(config, budget=0.5, width=8, optimizer=optimizer, lr=None)
     for _, layer in lowrank_layers(load_model(train(config, tmp_path / "run")).model):
         assert (layer.U.mT @ layer.U - torch.eye(layer.rank)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [name if name in KINDS else pytest.param(name, marks=pytest.mark.slow) for name in OPTIMIZERS],
+)
+def test_every_optimizer_lowers_the_loss(config, optimizer):
+    """Also those that average, adapt ranks or follow the length of the run."""
+    config = dataclasses.replace(
+        config, budget=0.5, width=8, optimizer=optimizer, lr=None, epochs=6, augment=False
+    )
+    trainer = trainer_of(config)
+    losses = [trainer.advance()["loss"] for _ in range(18)]
+    assert sum(losses[-3:]) < sum(losses[:3])
+    trainer.validate()
+    trainer.checkpoint()
 
 
 def test_batches_are_even_and_a_function_of_the_step(config):

@@ -36,7 +36,7 @@ def scores(
     )
     axes.fill_between(epochs, *band, color=COLOURS[0], alpha=0.18, linewidth=0)
     for place, (name, series) in enumerate(values.items()):
-        style = {"linewidth": 1.8 if place == 0 else 1.0, "zorder": 3 - (place > 0)}
+        style: dict[str, Any] = {"linewidth": 1.8 if place == 0 else 1.0, "zorder": 3 - (place > 0)}
         axes.plot(epochs, series, mark(epochs, "-"), color=COLOURS[place], label=name, **style)
     if best is not None:
         axes.axvline(best, color=GREY, linestyle=":", label="best epoch")

@@ -77,10 +77,10 @@ def class_means(counts: np.ndarray) -> dict[str, float]:
 
 
 def class_intervals(counts: np.ndarray, groups: Sequence[str]) -> dict[str, Interval]:
-    return {
-        name: interval(counts, groups, lambda total, n=name: getattr(class_scores(total), n))
-        for name in ClassScores._fields
-    }
+    def score(name: str) -> Callable[[np.ndarray], float]:
+        return lambda total: getattr(class_scores(total), name)
+
+    return {name: interval(counts, groups, score(name)) for name in ClassScores._fields}
 
 
 SEGMENT = Task(

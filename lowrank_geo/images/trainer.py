@@ -29,10 +29,11 @@ PLATEAU = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch")  # what c
 
 
 class Best(NamedTuple):
-    """The epoch with the best score on the validation images, the first of equal ones; no epoch yet is 0."""
+    """The epoch with the best score on the validation images, of equal ones that with the least loss; 0: none yet."""
 
     epoch: int = 0
     score: float = -1.0
+    loss: float = 0.0
     model: dict[str, Tensor] = {}
 
 
@@ -122,8 +123,8 @@ class ImageTrainer:
             judged = self.judge(self.images.split.val)
             scores = self.task.means(judged.counts)
             score = scores[self.task.score]
-            if score > self.best.score:
-                self.best = Best(self.epoch, score, copied(self.model))
+            if (score, -judged.loss) > (self.best.score, -self.best.loss):
+                self.best = Best(self.epoch, score, judged.loss, copied(self.model))
         self._check_finite(judged.loss, 0.0)
         self.plateau.step(judged.loss)
         interval = self.task.intervals(judged.counts, self.groups)[self.task.score]

@@ -2,9 +2,11 @@
 
 import dataclasses
 import math
+import operator
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field
+from functools import partial
 from typing import Any, TypeVar, get_args, get_type_hints
 
 Config = TypeVar("Config")
@@ -38,7 +40,13 @@ def check_options(
     for each in dataclasses.fields(config):
         _check_type(command, each.name, hints[each.name], getattr(config, each.name))
     for name, allowed in choices.items():
-        _check(command, config, name, lambda x, a=allowed: x in a, "one of " + ", ".join(allowed))
+        _check(
+            command,
+            config,
+            name,
+            partial(operator.contains, allowed),
+            "one of " + ", ".join(allowed),
+        )
     for rule, names in rules.items():
         for name in names:
             _check(command, config, name, RULES[rule], rule)
