@@ -55,7 +55,7 @@ class Variant(NamedTuple):
     @property
     def name(self) -> str:
         size = "dense" if self.budget is None else f"low-rank {self.budget:.0%}"
-        return f"γ {self.gamma:g} | {size}" + " | transformer" * self.transformer
+        return f"γ {self.gamma:g}, {size}" + ", transformer" * self.transformer
 
 
 def variants(*, transformer: bool) -> Iterator[Variant]:
@@ -169,7 +169,7 @@ def table_of(
         row = sweep(store, key, geometric(FIRST, RATIO, RATES), run, seeds=seeds)
         names = list(row.record["scores"])
         rows.append([variant.name, *cells(store, row)])
-    head = ["γ | weights", "validation loss", *names, "parameters", "MiB", "MiB, reversible"]
+    head = ["γ, weights", "validation loss", *names, "parameters", "MiB", "MiB, reversible"]
     return [*head, "ms/image", "best lr"], rows
 
 

@@ -68,6 +68,13 @@ def test_classify_reads_class_folders(call, tmp_path):
     assert read_record(tmp_path / "cls")["data"]["classes"] == ["dark", "light"]
 
 
+def test_tensorboard_gets_the_scores(call, tmp_path):
+    pairs(tmp_path / "data")
+    assert call("segment", "--data", "data", *FLAGS, "--tensorboard", "--out", "seg")[0] == 0
+    [events] = (tmp_path / "seg" / "tensorboard").iterdir()
+    assert b"eval/dice" in events.read_bytes()
+
+
 def test_the_digits_need_no_data(call, tmp_path):
     options = ["--width", 2, "--blocks", 1, "--epochs", 1, "--batch", 256, "--device", "cpu"]
     code, out, _ = call("classify", *options, "--out", "cls")

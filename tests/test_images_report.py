@@ -114,6 +114,19 @@ def test_a_run_that_has_not_ended_has_a_report_and_one_of_text_none(tmp_path):
     folder.close()
 
 
+@pytest.mark.parametrize(
+    "result",
+    [{"scores": {}}, {"scores": 3}, {"scores": {"dice": [0.5]}}, {"scores": [], "loss": 1}],
+)
+def test_a_damaged_result_is_refused(tmp_path, result):
+    record = {"kind": "segment", "status": "finished", "result": result}
+    folder = RunFolder.create(tmp_path / "run", record, fill=lambda path: None)
+    folder.close()
+    with pytest.raises(ValueError, match="as the run wrote it") as error:
+        write_report(folder.path)
+    assert "\n" not in str(error.value)
+
+
 def test_a_picture_shows_image_truth_and_prediction():
     image = np.full((16, 16, 3), 100, np.uint8)
     truth, found = np.zeros((2, 16, 16), np.uint8)

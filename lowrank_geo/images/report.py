@@ -44,10 +44,24 @@ def write_report(run: str | Path) -> Path:
             "use lowrank-geo inspect"
         )
     title = f"lowrank-geo {task.config.command}: {printable(path.name)}"
+    try:
+        parts = _sections(task, path, title, record, metrics)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path / 'run.json'} needs to be as the run wrote it, got {error!r} in it; resume the run"
+        ) from error
+    report = path / "report.html"
+    page.write_page(report, page.page(title, parts, pictures=True))
+    return report
+
+
+def _sections(
+    task: Task, path: Path, title: str, record: dict[str, Any], metrics: Metrics
+) -> list[str]:
     result = _part(record, "result")
     drawn = list(_figures(task, record, metrics)) or [page.paragraph("Nothing is recorded yet.")]
     config = {k: v for k, v in _part(record, "config").items() if k not in UNTOLD}
-    parts = [
+    return [
         page.heading(title, str(record.get("status", "unknown"))),
         page.paragraph(_summary(record)),
         page.key_numbers(_key_numbers(record, metrics)),
@@ -58,9 +72,6 @@ def write_report(run: str | Path) -> Path:
         page.section("Configuration", page.settings(config)),
         page.section("Environment", page.settings(_part(record, "environment"))),
     ]
-    report = path / "report.html"
-    page.write_page(report, page.page(title, parts, pictures=True))
-    return report
 
 
 def _part(record: dict[str, Any], key: str) -> dict[str, Any]:
