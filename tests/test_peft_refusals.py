@@ -204,3 +204,34 @@ def test_an_empty_backward_leaves_no_gradients_behind():
     with pytest.raises(ValueError, match="got no gradient from `backward`"):
         collect_gradients(model, config(), lambda model: None)
     untouched(model)
+
+
+@pytest.mark.parametrize("change", ["missing", "not json", "no type", "no weights"])
+def test_a_folder_that_is_no_whole_adapter_is_refused(saved, change):
+    settings = saved / "adapter_config.json"
+    if change == "missing":
+        settings.unlink()
+    elif change == "not json":
+        settings.write_text("{")
+    elif change == "no type":
+        settings.write_text("{}")
+    else:
+        (saved / "adapter_model.safetensors").unlink()
+    model = mlp()
+    with pytest.raises((ValueError, OSError, KeyError)):
+        PeftModel.from_pretrained(model, saved)
+    if change != "no weights":  # which PEFT notices after it has made the layers
+        untouched(model)
+
+
+def test_adapters_merged_in_the_wrong_order_are_not_unmerged_into_something_else():
+    x = torch.randint(0, 11, (7, 6))
+    model = get_peft_model(mlp(), config()).eval()
+    model.add_adapter("other", config(r=2))
+    base = mlp()(x)
+    model.merge_adapter(["other"])
+    with pytest.warns(UserWarning, match="Already following adapters were merged other"):
+        model.merge_adapter(["default", "other"])  # the second is there already
+    model.unmerge_adapter()
+    with model.disable_adapter():
+        assert torch.allclose(model(x), base, atol=1e-5)
