@@ -198,7 +198,9 @@ HEADER = [
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("task", choices=sorted(TASKS))
-    parser.add_argument("--quick", action="store_true", help="five methods at r = 4, 16, 32, one seed")
+    parser.add_argument(
+        "--quick", action="store_true", help="five methods at r = 4, 16, 32, one seed"
+    )
     parser.add_argument("--ranks", type=int, nargs="+")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
