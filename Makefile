@@ -21,7 +21,7 @@ test-peft-matrix: $(INSTALLED)
 
 # One thread a process: two workers fill two cores, and small matrices gain nothing from more threads.
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --cov
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --cov
 
 # mypy does not see lowrank_geo.kernels and lowrank_geo.models through the editable import hook, so it
 # checks an installed copy.
