@@ -4,11 +4,12 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from lowrank_geo import geometry, optim, retraction
+from lowrank_geo.conv_layers import LowRankConv2d
 from lowrank_geo.convert import convert, to_dense, to_factors
 from lowrank_geo.dispatch import Backend, backend
 from lowrank_geo.functional import lowrank_linear
 from lowrank_geo.geometry import Point, Tangent
-from lowrank_geo.layers import LowRankConv2d, LowRankLinear, lowrank_layers
+from lowrank_geo.layers import LowRankLinear, lowrank_layers
 from lowrank_geo.optim import param_groups
 from lowrank_geo.plan import plan_ranks
 from lowrank_geo.saving import load_pretrained, save_pretrained

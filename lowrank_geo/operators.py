@@ -7,7 +7,7 @@ operators of them. Nothing here reads a tensor back, and the number of launches 
 import torch
 from torch import Tensor
 
-from lowrank_geo import orthonormal
+from lowrank_geo import msign, orthonormal
 from lowrank_geo.kernels import gram as _gram
 from lowrank_geo.kernels import lowrank_linear as _linear
 from lowrank_geo.kernels import polar as _polar
@@ -113,12 +113,12 @@ def polar(
     return _polar.polar_write(U, D, X, largest, A, B, P, fixed)
 
 
-def spectral(X: Tensor, damping: float = orthonormal.DAMPING) -> Tensor:
+def spectral(X: Tensor, damping: float = msign.DAMPING) -> Tensor:
     gram, size, divisor = unit_gram(X)
-    return _spectral.apply(X, orthonormal.sign_factor(gram, damping) / size, divisor)
+    return _spectral.apply(X, msign.sign_factor(gram, damping) / size, divisor)
 
 
-def damped_basis(X: Tensor, damping: float = orthonormal.DAMPING) -> tuple[Tensor, Tensor]:
+def damped_basis(X: Tensor, damping: float = msign.DAMPING) -> tuple[Tensor, Tensor]:
     gram, size, divisor = unit_gram(X)
     identity = torch.eye(X.shape[-1], dtype=X.dtype, device=X.device)
     L, _ = torch.linalg.cholesky_ex(symmetric(gram) + damping**2 * identity)

@@ -7,7 +7,7 @@ Stacks of matrices have any number of leading dimensions here.
 import torch
 from torch import Tensor
 
-from lowrank_geo import geometry, orthonormal
+from lowrank_geo import geometry, msign, orthonormal
 from lowrank_geo.geometry import Point, Tangent
 
 
@@ -139,17 +139,17 @@ def polar(
     return Q, None if X is None else geometry.minus(X, Q, Q.mT @ X)
 
 
-def spectral(X: Tensor, damping: float = orthonormal.DAMPING) -> Tensor:
-    """`lowrank_geo.orthonormal.msign`.
+def spectral(X: Tensor, damping: float = msign.DAMPING) -> Tensor:
+    """`lowrank_geo.msign.msign`.
 
     Shapes: (..., m, r) -> (..., m, r).
     """
-    return orthonormal.msign(X, damping=damping)
+    return msign.msign(X, damping=damping)
 
 
-def damped_basis(X: Tensor, damping: float = orthonormal.DAMPING) -> tuple[Tensor, Tensor]:
-    """`lowrank_geo.orthonormal.damped_basis`.
+def damped_basis(X: Tensor, damping: float = msign.DAMPING) -> tuple[Tensor, Tensor]:
+    """`lowrank_geo.msign.damped_basis`.
 
     Shapes: X (..., m, r) with m >= r -> Q (..., m, r), P (..., r, r).
     """
-    return orthonormal.damped_basis(X, damping=damping)
+    return msign.damped_basis(X, damping=damping)

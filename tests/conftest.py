@@ -53,6 +53,24 @@ def wherever(request: pytest.FixtureRequest) -> None:
 
 
 @pytest.fixture
+def call(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Callable[..., tuple[int, str, str]]:
+    """call(*arguments) -> exit code, stdout, stderr of `lowrank-geo`, in a folder of its own."""
+    from lowrank_geo.cli import main
+
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["lowrank-geo", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return (ended.value.code or 0, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
 def point() -> Callable[..., Point]:
     """point(m, n, r, dtype, core=…, batch=…); see `draw_point`."""
     return draw_point

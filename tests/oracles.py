@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lowrank_geo.geometry import Point
+from lowrank_geo.geometry import Point, random
 
 
 def dense(point: Point) -> Tensor:
@@ -54,3 +54,13 @@ def orthonormality(Q: Tensor) -> float:
 def rotation(r: int, dtype: torch.dtype = torch.float64) -> Tensor:
     """A random element of O(r)."""
     return torch.linalg.qr(torch.randn(r, r, dtype=torch.float64))[0].to(dtype)
+
+
+def frame(m, r, dtype=torch.float64):
+    return random(m, r, r, dtype=torch.float64).U.to(dtype)
+
+
+def graded(m, r, condition, dtype):
+    """A matrix with singular values from 1 down to 1/condition."""
+    sigma = condition ** -torch.linspace(0, 1, r, dtype=torch.float64)
+    return ((frame(m, r) * sigma) @ rotation(r)).to(dtype)

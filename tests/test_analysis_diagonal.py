@@ -8,6 +8,7 @@ from torch import nn
 
 from lowrank_geo.analysis.balance import balance_change, imbalance
 from lowrank_geo.analysis.diagonal import implicit_bias, momentum_bias, shrinkage
+from lowrank_geo.analysis.diagonal_report import sparse_problem, train_diagonal
 from lowrank_geo.analysis.two_step import two_step
 from lowrank_geo.optim import RiemannianSGD
 from lowrank_geo.optim.filters import HeavyBall
@@ -15,38 +16,11 @@ from lowrank_geo.optim.filters import HeavyBall
 MU = 0.5
 
 
-def problem(n=20, d=50, nonzero=3):
-    generator = torch.Generator().manual_seed(0)
-    X = torch.randn(n, d, generator=generator, dtype=torch.float64)
-    truth = torch.zeros(d, dtype=torch.float64)
-    truth[:nonzero] = torch.tensor([1.0, -0.7, 0.5], dtype=torch.float64)
-    return X, X @ truth
-
-
-def train(X, y, start, lr, mu):
-    """The limit θ, Σ lr r² and the final u∘v of the real optimizer on the network."""
-    both = nn.Parameter(torch.full((2, X.shape[1]), start, dtype=torch.float64))
-    optimizer = RiemannianSGD([both], lr=lr, momentum=mu)
-    squares = torch.zeros(X.shape[1], dtype=torch.float64)
-    signs = torch.tensor([[2.0], [-2.0]], dtype=torch.float64)
-    for step in range(100_000):
-        u, v = both.detach()
-        gap = X @ (u * u - v * v) - y
-        if step % 100 == 0 and gap.norm() < 1e-7:  # the errors below are above 1e-5
-            break
-        r = X.mT @ gap / len(y)
-        both.grad = signs * both.detach() * r
-        squares += lr * r.square()
-        optimizer.step()
-    u, v = both.detach()
-    return u * u - v * v, squares, u * v
-
-
 @pytest.fixture(scope="module")
 def runs():
     """θ, Σ lr r² and u v of runs at lr/(1 − μ)² = 0.04, 0.02, 0.01 from u = v = 0.3."""
-    X, y = problem()
-    return {lam: train(X, y, 0.3, lam * (1 - MU) ** 2, MU) for lam in (0.04, 0.02, 0.01)}
+    X, y = sparse_problem(0)
+    return {lam: train_diagonal(X, y, 0.3, lam * (1 - MU) ** 2, MU) for lam in (0.04, 0.02, 0.01)}
 
 
 def test_the_exponent_is_within_two_percent_and_halves_its_error(runs):
@@ -63,7 +37,7 @@ def test_the_exponent_is_within_two_percent_and_halves_its_error(runs):
 
 
 def test_the_limit_is_second_order_and_that_of_gradient_flow_first(runs):
-    X, y = problem()
+    X, y = sparse_problem(0)
     method, scale = two_step(HeavyBall(MU)), torch.full((50,), 0.3**2, dtype=torch.float64)
     plain = implicit_bias(X, y, scale)
     ours, theirs = [], []
@@ -80,7 +54,7 @@ def test_the_limit_is_second_order_and_that_of_gradient_flow_first(runs):
 
 @pytest.mark.parametrize("scale", [1e-6, 1e-2, 10.0])
 def test_the_bias_is_a_solution_that_no_other_undercuts(scale):
-    X, y = problem()
+    X, y = sparse_problem(0)
     xi = torch.full((50,), scale, dtype=torch.float64)
     theta = implicit_bias(X, y, xi)
     assert (X @ theta - y).norm() < 1e-10 * y.norm()
@@ -90,7 +64,7 @@ def test_the_bias_is_a_solution_that_no_other_undercuts(scale):
 
 
 def test_small_scales_are_sparse_and_large_ones_have_the_least_norm():
-    X, y = problem()
+    X, y = sparse_problem(0)
     small, large = (implicit_bias(X, y, torch.full((50,), s).double()) for s in (1e-12, 1e4))
     assert (small.abs() > 1e-3).sum() == 3
     assert torch.allclose(large, torch.linalg.pinv(X) @ y, atol=1e-6)
@@ -134,7 +108,7 @@ def test_without_momentum_the_balance_law_is_exact():
     assert torch.allclose(change, balance_change(two_step(HeavyBall(0.0)), 0.02, total), rtol=1e-9)
 
 
-X, Y = problem()
+X, Y = sparse_problem(0)
 ONES = torch.ones(50, dtype=torch.float64)
 BAD = {
     "no scale": (lambda: implicit_bias(X, Y, 0 * ONES), "positive scale .* from 0;"),

@@ -8,8 +8,9 @@ from torch import nn
 
 from lowrank_geo import param_groups
 from lowrank_geo.branches import Branch
+from lowrank_geo.conv_layers import LowRankConv2d
 from lowrank_geo.geometry import Point
-from lowrank_geo.layers import LowRankConv2d, LowRankLinear
+from lowrank_geo.layers import LowRankLinear
 from lowrank_geo.optim import RiemannianSGD, ScheduleFree
 
 LAYERS = {

@@ -14,20 +14,11 @@ from lowrank_geo.train.config import TrainConfig
 from lowrank_geo.train.run_folder import read_record
 
 
-@pytest.fixture
-def call(capsys, monkeypatch, tmp_path):
-    """call(*arguments) -> exit code, stdout, stderr, in a folder of its own."""
-    tiny = DecoderConfig(vocab_size=257, width=16, layers=1, heads=2, hidden=24, context=16)
-    monkeypatch.setitem(DECODERS, "tiny", tiny)
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["lowrank-geo", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        return (ended.value.code or 0, *capsys.readouterr())
-
-    return call
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    """A preset that trains in a moment."""
+    config = DecoderConfig(vocab_size=257, width=16, layers=1, heads=2, hidden=24, context=16)
+    monkeypatch.setitem(DECODERS, "tiny", config)
 
 
 @pytest.fixture

@@ -1,29 +1,12 @@
 """segment and classify as commands: what they print, one sentence and code 2 for bad input, nothing left behind."""
 
-import sys
-
 import numpy as np
 import pytest
 from image_files import blob, lying_nifti, noisy, write_dicom, write_nifti, write_png
 from image_runs import FLAGS, by_class, pairs
 from test_images_readers import png_of
 
-from lowrank_geo.cli import main
 from lowrank_geo.train.run_folder import read_record
-
-
-@pytest.fixture
-def call(capsys, monkeypatch, tmp_path):
-    """call(*arguments) -> exit code, stdout, stderr, in a folder of its own."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["lowrank-geo", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        return (ended.value.code or 0, *capsys.readouterr())
-
-    return call
 
 
 def refused(call, tmp_path, *arguments, said):

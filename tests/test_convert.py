@@ -8,8 +8,9 @@ import torch
 from tiny_models import hugging_face, relative
 from torch import nn
 
+from lowrank_geo.conv_layers import LowRankConv2d
 from lowrank_geo.convert import convert, to_dense, to_factors
-from lowrank_geo.layers import LowRankConv2d, LowRankLinear, lowrank_layers
+from lowrank_geo.layers import LowRankLinear, lowrank_layers
 from lowrank_geo.plan import Plan, plan_ranks
 
 TOL = {

@@ -9,9 +9,9 @@ from oracles import tangent_projection
 from torch import nn
 from torch.func import hessian, jvp, vjp
 
+from lowrank_geo.conv_layers import LowRankConv2d
 from lowrank_geo.convolution import ConvGeometry, lowrank_conv2d
 from lowrank_geo.geometry import Point, Tangent, embed, norm
-from lowrank_geo.layers import LowRankConv2d
 
 MODES = ["factors", "tangent"]
 # Arguments of nn.Conv2d beside the channels, and the rank; the kernel is a 6 × 4·kh·kw matrix.

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from lowrank_geo import diagnostics
-from lowrank_geo.layers import LowRankConv2d, LowRankLinear
+from lowrank_geo.conv_layers import LowRankConv2d
+from lowrank_geo.layers import LowRankLinear
 
 
 @pytest.fixture

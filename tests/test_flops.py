@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from lowrank_geo.layers import LowRankConv2d, LowRankLinear
+from lowrank_geo.conv_layers import LowRankConv2d
+from lowrank_geo.layers import LowRankLinear
 
 # tokens, m, n, r: both sides of the two foldings, r = 1, r = n, r = m, no token.
 SHAPES = [

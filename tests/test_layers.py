@@ -11,8 +11,9 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 from torch.func import functional_call
 
+from lowrank_geo.conv_layers import LowRankConv2d
 from lowrank_geo.geometry import Tangent, embed, project
-from lowrank_geo.layers import LowRankConv2d, LowRankLinear, lowrank_layers
+from lowrank_geo.layers import LowRankLinear, lowrank_layers
 
 MODES = ["factors", "tangent"]
 

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from lowrank_geo.layers import LowRankConv2d
+from lowrank_geo.conv_layers import LowRankConv2d
 from lowrank_geo.optim import RiemannianSGD, ScheduleFree, param_groups
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lowrank_geo.cli.refusals import refusals
+from lowrank_geo.cli.runs import Debug
 
 if TYPE_CHECKING:
     from lowrank_geo.analysis.pages import Report
@@ -17,7 +18,6 @@ app = typer.Typer(
 )
 
 Out = Annotated[Path | None, typer.Option(help="Where to write a page with figures.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Low = Annotated[float, typer.Option(help="Smallest curvature, loss per squared weight.")]
 High = Annotated[float, typer.Option(help="Largest curvature, loss per squared weight.")]
 Noise = Annotated[float, typer.Option(help="Standard deviation of each gradient coordinate.")]

@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lowrank_geo.cli.analyze import Debug, Out, Steps, app, show
+from lowrank_geo.cli.analyze import Out, Steps, app, show
+from lowrank_geo.cli.runs import Debug
 
 if TYPE_CHECKING:
     from lowrank_geo.analysis.pages import Report

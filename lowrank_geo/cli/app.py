@@ -6,11 +6,10 @@ from typing import Annotated, Any
 import typer
 
 from lowrank_geo.cli.analyze_bias import app as analyze
-from lowrank_geo.cli.display import Display
 from lowrank_geo.cli.images import add_commands
-from lowrank_geo.cli.options import config_options, given
+from lowrank_geo.cli.options import config_options
 from lowrank_geo.cli.refusals import refusals
-from lowrank_geo.cli.runs import Debug, Out, Overwrite, Place, Resume, begin_or_resume
+from lowrank_geo.cli.runs import Debug, Functions, training_command
 from lowrank_geo.finetune.config import FinetuneConfig
 from lowrank_geo.generation import continue_text
 from lowrank_geo.train.config import TrainConfig
@@ -30,29 +29,17 @@ add_commands(app)
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
 
 
-@app.command("pretrain")
-@config_options()
-def pretrain_command(
-    command: typer.Context,
-    *,
-    out: Out = None,
-    resume_run: Resume = None,
-    overwrite: Overwrite = False,
-    debug: Debug = False,
-    **options: Any,
-) -> None:
-    """Pre-train a low-rank language model; without options, a demo of three minutes."""
+def pretraining() -> Functions:
     # Matplotlib, for the report, takes a quarter of a second: the other commands need not wait for it.
     from lowrank_geo.train.run import pretrain, resume
 
-    with refusals(debug), Display() as display:
-        begin_or_resume(
-            lambda path: pretrain(
-                TrainConfig(**options), path, overwrite=overwrite, listeners=[display]
-            ),
-            lambda run: resume(run, changes=given(command, options), listeners=[display]),
-            Place(out, resume_run, overwrite),
-        )
+    return pretrain, resume
+
+
+app.command(
+    "pretrain",
+    help="Pre-train a low-rank language model; without options, a demo of three minutes.",
+)(training_command(TrainConfig, pretraining))
 
 
 @app.command("plan")

@@ -1,73 +1,31 @@
 """`lowrank-geo segment` and `lowrank-geo classify`."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import typer
 
-from lowrank_geo.cli.display import Display
-from lowrank_geo.cli.options import config_options, given
-from lowrank_geo.cli.refusals import refusals
-from lowrank_geo.cli.runs import Debug, Out, Overwrite, Place, Resume, begin_or_resume
-from lowrank_geo.images.config import ClassifyConfig, ImageConfig, SegmentConfig
+from lowrank_geo.cli.runs import Functions, training_command
+from lowrank_geo.images.config import ClassifyConfig, SegmentConfig
 from lowrank_geo.train.run_folder import kind_of, read_record
 
 
-def segment_command(
-    command: typer.Context,
-    *,
-    out: Out = None,
-    resume_run: Resume = None,
-    overwrite: Overwrite = False,
-    debug: Debug = False,
-    **options: Any,
-) -> None:
-    """Train a momentum network to segment images; without options, a demo on phantoms of a few minutes."""
-    place = Place(out, resume_run, overwrite)
-    train_images(SegmentConfig, place, options, given(command, options), debug=debug)
-
-
-def classify_command(
-    command: typer.Context,
-    *,
-    out: Out = None,
-    resume_run: Resume = None,
-    overwrite: Overwrite = False,
-    debug: Debug = False,
-    **options: Any,
-) -> None:
-    """Train a momentum network to classify images; without options, a demo on digits of a few minutes."""
-    place = Place(out, resume_run, overwrite)
-    train_images(ClassifyConfig, place, options, given(command, options), debug=debug)
-
-
 def add_commands(app: typer.Typer) -> None:
-    """The two commands with an option for each field of their configs."""
-    app.command("segment")(config_options(of=SegmentConfig)(segment_command))
-    app.command("classify")(config_options(of=ClassifyConfig)(classify_command))
+    """Give `app` the two commands."""
+    for config, help in (
+        (SegmentConfig, "segment images; without options, a demo on phantoms of a few minutes."),
+        (ClassifyConfig, "classify images; without options, a demo on digits of a few minutes."),
+    ):
+        name, words = config.command, "Train a momentum network to " + help
+        app.command(name, help=words)(training_command(config, partial(functions, name)))
 
 
-def train_images(
-    cls: type[ImageConfig],
-    place: Place,
-    options: dict[str, Any],
-    changes: dict[str, Any],
-    *,
-    debug: bool,
-) -> None:
-    """Begin a run with all options, or go on with one by the `changes` among them."""
-    with refusals(debug), Display() as display:
-        # The readers of images need packages that the other commands do not.
-        from lowrank_geo.images.run import resume, train
+def functions(command: str) -> Functions:
+    """How runs of a command begin and go on; the readers of images need packages that other commands do not."""
+    from lowrank_geo.images.run import resume, train
 
-        begin_or_resume(
-            lambda path: train(
-                cls(**options), path, overwrite=place.overwrite, listeners=[display]
-            ),
-            lambda run: resume(run, command=cls.command, changes=changes, listeners=[display]),
-            place,
-        )
+    return train, partial(resume, command=command)
 
 
 def report_writer(run: Path) -> Callable[[Path], Path]:

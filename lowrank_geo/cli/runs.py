@@ -1,11 +1,15 @@
-"""Where a run is kept, as options that all commands which train share."""
+"""Commands that train: where a run is kept, and how it begins or goes on."""
 
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import typer
+
+from lowrank_geo.cli.display import Display
+from lowrank_geo.cli.options import Command, config_options, given
+from lowrank_geo.cli.refusals import refusals
 
 Out = Annotated[Path | None, typer.Option(help="Folder of the new run.")]
 Resume = Annotated[
@@ -13,6 +17,37 @@ Resume = Annotated[
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete the run in --out.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+Functions = tuple[Callable[..., object], Callable[..., object]]
+
+
+def training_command(of: Any, load: Callable[[], Functions]) -> Command:
+    """A command, with an option for each field of the config `of`, that begins a run or goes on with one.
+
+    `load` imports, not before the command runs, begin(config, path, overwrite=…, listeners=…) and
+    resume(run, changes=…, listeners=…).
+    """
+
+    @config_options(of=of)
+    def run(
+        command: typer.Context,
+        *,
+        out: Out = None,
+        resume_run: Resume = None,
+        overwrite: Overwrite = False,
+        debug: Debug = False,
+        **options: Any,
+    ) -> None:
+        with refusals(debug), Display() as display:
+            begin, resume = load()
+            begin_or_resume(
+                lambda path: begin(of(**options), path, overwrite=overwrite, listeners=[display]),
+                lambda run: resume(run, changes=given(command, options), listeners=[display]),
+                Place(out, resume_run, overwrite),
+            )
+
+    return run
 
 
 class Place(NamedTuple):

@@ -1,11 +1,9 @@
 """What `lowrank-geo finetune` can be told, written once for the command line and for Python."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-
-def option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
+from lowrank_geo.train.options import option
 
 
 @dataclass(frozen=True)

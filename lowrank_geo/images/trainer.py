@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +20,10 @@ from lowrank_geo.images.tasks import task_of
 from lowrank_geo.train.checkpoint import Checkpoint
 from lowrank_geo.train.distributed import Workers
 from lowrank_geo.train.metrics import Line
+from lowrank_geo.train.state import capture, check_finite, copied, give_back, precision_of
 from lowrank_geo.train.step import averaged, clip, descend
-from lowrank_geo.train.stopped import Stopped
-from lowrank_geo.train.trainer import precision_of, random_states
 
+REMEDY = "a lower --lr or a --clip"
 SETTLED = 50  # batches that give averaged weights their statistics
 PLATEAU = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch")  # what changes in it
 
@@ -90,7 +90,7 @@ class ImageTrainer:
         loss.backward()
         norm = clip(self.model.parameters(), self.config.clip)
         mean, length = torch.stack([loss.detach(), norm]).tolist()
-        self._check_finite(mean, length)
+        check_finite(self.step + 1, mean, length, REMEDY)
         lr = float(self.optimizer.param_groups[0]["lr"])
         descend(self.optimizer, mean)
         self.step += 1
@@ -106,14 +106,6 @@ class ImageTrainer:
             "images_per_second": len(images) / spent,
         }
 
-    def _check_finite(self, loss: float, norm: float) -> None:
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise Stopped(
-                f"step {self.step + 1} needs a finite loss and gradient, got loss {loss} and gradient norm {norm}; "
-                "the last checkpoint is kept, start again with a lower --lr or a --clip",
-                2,
-            )
-
     def validate(self) -> Line:
         """End an epoch: judge it on the validation images, remember it if it is the best, lower the rate on a plateau.
 
@@ -125,7 +117,7 @@ class ImageTrainer:
             score = scores[self.task.score]
             if (score, -judged.loss) > (self.best.score, -self.best.loss):
                 self.best = Best(self.epoch, score, judged.loss, copied(self.model))
-        self._check_finite(judged.loss, 0.0)
+        check_finite(self.step + 1, judged.loss, 0.0, REMEDY)
         self.plateau.step(judged.loss)
         interval = self.task.intervals(judged.counts, self.groups)[self.task.score]
         return {
@@ -170,45 +162,26 @@ class ImageTrainer:
 
         Raises: Stopped if a parameter is not finite: it must not replace a good checkpoint.
         """
-        for name, parameter in self.model.named_parameters():
-            if not parameter.isfinite().all():
-                raise Stopped(
-                    f"the checkpoint of step {self.step} needs finite parameters, got others in {name}; "
-                    "the checkpoint before is kept, start again with a lower --lr",
-                    2,
-                )
-        with averaged(self.optimizer):
-            model, optimizer = copied(self.model), self.optimizer.state_dict()
         plateau = {key: getattr(self.plateau, key) for key in PLATEAU}
         if not math.isfinite(plateau["best"]):  # before the first epoch, and not to be had in JSON
             del plateau["best"]
-        training = {
-            "optimizer": optimizer,
-            "plateau": plateau,
-            "best": dict(self.best._asdict()),
-            "random": random_states(self.workers.device),
-            "seconds": self.seconds,
-        }
-        return Checkpoint(self.step, model, training)
+        return capture(
+            self.step,
+            self.model,
+            self.optimizer,
+            self.workers.device,
+            plateau=plateau,
+            best=dict(self.best._asdict()),
+            seconds=self.seconds,
+        )
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint.
 
         Raises: ValueError if the optimizer's state is that of another optimizer or model.
         """
-        self.model.load_state_dict(checkpoint.model)
-        training: dict[str, Any] = checkpoint.training
-        self.optimizer.load_state_dict(training["optimizer"])
-        if isinstance(self.optimizer, optim.ScheduleFree):
-            self.optimizer.train()
+        give_back(checkpoint, self.model, self.optimizer, self.workers.device)
+        training = checkpoint.training
         vars(self.plateau).update(training["plateau"])
         self.best = Best(**training["best"])
-        torch.set_rng_state(training["random"]["cpu"])
-        if self.workers.device.type == "cuda" and "cuda" in training["random"]:
-            torch.cuda.set_rng_state(training["random"]["cuda"])
         self.step, self.seconds = checkpoint.step, training["seconds"]
-
-
-def copied(model: nn.Module) -> dict[str, Tensor]:
-    """The state of a model, on the CPU, apart from it."""
-    return {name: x.detach().cpu().clone() for name, x in model.state_dict().items()}

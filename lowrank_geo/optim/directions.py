@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lowrank_geo import dispatch
 from lowrank_geo.geometry import Point, Tangent
-from lowrank_geo.orthonormal import msign, polar_express
+from lowrank_geo.msign import msign, polar_express
 
 Slots = dict[str, Tangent]  # state by name: one tensor beside each of U, S, V
 State = dict[str, Tensor]  # of one flat parameter, by name

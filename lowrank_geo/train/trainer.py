@@ -1,12 +1,9 @@
 """A run between two steps: model, optimizer, schedule, and what can be asked of them."""
 
-import math
 import time
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -21,8 +18,10 @@ from lowrank_geo.train.config import TrainConfig
 from lowrank_geo.train.distributed import Workers
 from lowrank_geo.train.metrics import Line
 from lowrank_geo.train.parts import Data
+from lowrank_geo.train.state import capture, check_finite, give_back, precision_of
 from lowrank_geo.train.step import averaged, backward, clip, descend, evaluate
-from lowrank_geo.train.stopped import Stopped
+
+REMEDY = "a lower --lr, a longer --warmup or --dtype float32"
 
 
 class Trainer:
@@ -79,7 +78,7 @@ class Trainer:
         mean, length = (
             x / workers.world for x in workers.total(*torch.stack([loss, norm]).tolist())
         )
-        self._check_finite(mean, length)
+        check_finite(self.step + 1, mean, length, REMEDY)
         lr = self.schedule.get_last_lr()[0]
         descend(self.optimizer, mean)
         self.schedule.step()
@@ -108,14 +107,6 @@ class Trainer:
         gradient, weight = found.tolist()
         return {"gradient_sketch": gradient, "weight_sketch": weight}
 
-    def _check_finite(self, loss: float, norm: float) -> None:
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise Stopped(
-                f"step {self.step + 1} needs a finite loss and gradient, got loss {loss} and gradient norm {norm}; "
-                "the last checkpoint is kept, start again with a lower --lr, a longer --warmup or --dtype float32",
-                2,
-            )
-
     def evaluate(self) -> Line:
         """The mean loss on the held-out windows, shared out over the processes.
 
@@ -127,7 +118,7 @@ class Trainer:
         with averaged(self.optimizer), self.precision:
             found = evaluate(self.model, zip(*parts, strict=True))
         loss, count = self.workers.total(*found)
-        self._check_finite(loss / count, 0.0)
+        check_finite(self.step + 1, loss / count, 0.0, REMEDY)
         return {"kind": "eval", "step": self.step, "loss": loss / count}
 
     def diagnose(self) -> Line:
@@ -144,47 +135,23 @@ class Trainer:
 
         Raises: Stopped if a parameter is not finite: it must not replace a good checkpoint.
         """
-        for name, parameter in self.model.named_parameters():
-            if not parameter.isfinite().all():
-                raise Stopped(
-                    f"the checkpoint of step {self.step} needs finite parameters, got others in {name}; "
-                    "the checkpoint before is kept, start again with a lower --lr",
-                    2,
-                )
-        with averaged(self.optimizer):  # what is generated from and inspected
-            model = {name: x.detach().clone() for name, x in self.model.state_dict().items()}
-            optimizer = self.optimizer.state_dict()
-        training = {
-            "optimizer": optimizer,
-            "schedule": self.schedule.state_dict(),
-            "random": random_states(self.workers.device),
-            "seconds": self.seconds,
-        }
-        return Checkpoint(self.step, model, training)
+        return capture(
+            self.step,
+            self.model,
+            self.optimizer,
+            self.workers.device,
+            schedule=self.schedule.state_dict(),
+            seconds=self.seconds,
+        )
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint.
 
         Raises: ValueError if the optimizer's state is that of another optimizer or model.
         """
-        self.model.load_state_dict(checkpoint.model)
-        training: dict[str, Any] = checkpoint.training
-        self.optimizer.load_state_dict(training["optimizer"])
-        if isinstance(self.optimizer, optim.ScheduleFree):
-            self.optimizer.train()
-        self.schedule.load_state_dict(training["schedule"])
-        torch.set_rng_state(training["random"]["cpu"])
-        if self.workers.device.type == "cuda" and "cuda" in training["random"]:
-            torch.cuda.set_rng_state(training["random"]["cuda"])
-        self.step, self.seconds = checkpoint.step, training["seconds"]
-
-
-def random_states(device: torch.device) -> dict[str, Tensor]:
-    """The states of torch's generators."""
-    states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    return states
+        give_back(checkpoint, self.model, self.optimizer, self.workers.device)
+        self.schedule.load_state_dict(checkpoint.training["schedule"])
+        self.step, self.seconds = checkpoint.step, checkpoint.training["seconds"]
 
 
 def check_share(config: TrainConfig, workers: Workers) -> None:
@@ -204,12 +171,3 @@ def schedule_of(config: TrainConfig, optimizer: Optimizer) -> LambdaLR:
         return schedules.constant(optimizer)
     make = schedules.cosine if config.schedule == "cosine" else schedules.warmup_stable_decay
     return make(optimizer, config.steps, warmup=warmup)
-
-
-def precision_of(chosen: str, device: torch.device) -> AbstractContextManager:
-    """Parameters are float32 always; this is the precision of forward and backward."""
-    if chosen == "auto":
-        chosen = (
-            "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
-        )
-    return nullcontext() if chosen == "float32" else torch.autocast(device.type, torch.bfloat16)
