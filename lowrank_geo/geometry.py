@@ -96,6 +96,14 @@ def inner(xi: Tangent, eta: Tangent) -> Tensor:
     return sum_of([(a * b).sum((-2, -1)) for a, b in zip(xi, eta, strict=True)])
 
 
+def magnitude(X: Tensor) -> Tensor:
+    """The largest |entry| of each matrix, without a copy of X.
+
+    Shapes: (..., m, r) -> (..., 1, 1).
+    """
+    return torch.maximum(X.amax((-2, -1), keepdim=True), -X.amin((-2, -1), keepdim=True))
+
+
 def norm(xi: Tangent) -> Tensor:
     """|ξ|, the Frobenius norm of the embedded matrix.
 

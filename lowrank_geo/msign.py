@@ -7,7 +7,7 @@ will do.
 import torch
 from torch import Tensor
 
-from lowrank_geo.geometry import plus
+from lowrank_geo.geometry import magnitude, plus
 from lowrank_geo.orthonormal import inverse, normalized, symmetric
 
 # Optimal odd quintics for singular values in [1e-3, 1], one a step, from Table 1 of the source;
@@ -87,7 +87,7 @@ def damped_basis(X: Tensor, *, damping: float = DAMPING) -> tuple[Tensor, Tensor
 
     Shapes: X (..., m, r) with m >= r -> Q (..., m, r), P (..., r, r).
     """
-    largest = X.abs().amax((-2, -1), keepdim=True)
+    largest = magnitude(X)
     X = X / torch.where(largest > 0, largest, 1.0)
     gram = symmetric(X.mT @ X)
     square = torch.diagonal(gram, dim1=-2, dim2=-1).sum(-1)[..., None, None]  # |X|²

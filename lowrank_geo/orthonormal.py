@@ -8,6 +8,8 @@ Everything here works on (..., m, r) with m >= r and costs a few tall products; 
 import torch
 from torch import Tensor
 
+from lowrank_geo.geometry import magnitude
+
 
 def symmetric(A: Tensor) -> Tensor:
     """(A + Aᵀ)/2."""
@@ -19,7 +21,7 @@ def normalized(X: Tensor) -> tuple[Tensor, Tensor]:
 
     Shapes: X (..., m, r) -> (..., m, r), (..., 1, 1).
     """
-    largest = X.abs().amax((-2, -1), keepdim=True)
+    largest = magnitude(X)
     X = X / torch.where(largest > 0, largest, 1.0)
     size = torch.linalg.matrix_norm(X)[..., None, None]
     return X / torch.where(size > 0, size, 1.0), size * largest
@@ -151,7 +153,7 @@ def polar_update(U: Tensor, D: Tensor) -> Tensor:
     Shapes: U, D (..., m, r) with UᵀU = I and UᵀD = 0 -> (..., m, r).
     Error:  |QᵀQ − I|_max below 3e-6 in float32 for r <= 64, whatever the number of steps taken: each repairs the last.
     """
-    largest = D.abs().amax((-2, -1), keepdim=True).clamp(min=1)
+    largest = magnitude(D).clamp(min=1)
     D = D / largest
     shorten, bound = shortening(D.mT @ D, largest)
     X = U + D * shorten

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lowrank_geo import dispatch
-from lowrank_geo.geometry import Point, Tangent
+from lowrank_geo.geometry import Point, Tangent, magnitude
 from lowrank_geo.orthonormal import on_host
 
 
@@ -117,7 +117,7 @@ def is_zero(step: Tangent) -> Tensor:
 
     Shapes: as `Tangent` -> (...).
     """
-    return torch.stack([x.abs().amax((-2, -1)) for x in step]).amax(0) == 0
+    return torch.stack([magnitude(x)[..., 0, 0] for x in step]).amax(0) == 0
 
 
 def still_ones(step: Tangent) -> Tensor | None:
