@@ -21,6 +21,7 @@ class LowRankConv2d(LowRankLayer):
         bias (m), with m = out_channels and n = in_channels·kh·kw.
     Raises: ValueError if not 1 <= rank <= min(m, n).
 
+    >>> import torch
     >>> LowRankConv2d(3, 8, 3, rank=4, padding=1)(torch.zeros(2, 3, 6, 6)).shape
     torch.Size([2, 8, 6, 6])
     """
