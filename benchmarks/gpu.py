@@ -116,7 +116,8 @@ def stacks(L: int, rows: int, r: int, device: str) -> dict[str, tuple[Any, ...]]
         "retract": (p.U, p.S, xi.Up),
         "polar": (p.U, 0.3 * xi.Up, D, None),
         "spectral": (D,),
-        "damped_basis": (D,),
+        "damped_factor": (D,),
+        "apply": (D, p.S, torch.ones(L, device=device)),
     }
 
 
@@ -149,7 +150,7 @@ def check(sizes: Sizes, device: str) -> dict[str, float]:
             size = max(float(y.norm()) for y in wanted)
             errors = [float((x - y).norm()) / size for x, y in zip(found, wanted, strict=True)]
             # Six polynomials of float32 reach 4e-3 of the damped sign; the twin has eight. Bases: condition 1e3.
-            scale = {"spectral": 500, "damped_basis": 10}.get(name, 1)
+            scale = {"spectral": 500, "damped_factor": 10}.get(name, 1)
             worst[name] = max(worst.get(name, 0.0), max(errors) / scale)
     bad = {name: e for name, e in worst.items() if not e < BOUND}
     if bad:

@@ -62,7 +62,15 @@ def _tangent_fake(
 
 
 def _transport_fake(
-    U: Tensor, V: Tensor, Up: Tensor, M: Tensor, Vp: Tensor, U1: Tensor, V1: Tensor
+    U: Tensor,
+    V: Tensor,
+    Up: Tensor,
+    M: Tensor,
+    Vp: Tensor,
+    U1: Tensor,
+    V1: Tensor,
+    UtU1: Tensor | None = None,
+    VtV1: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _empty(U), _empty(M), _empty(V)
 
@@ -83,8 +91,12 @@ def _spectral_fake(X: Tensor, damping: float = 0.0) -> Tensor:
     return _empty(X)
 
 
-def _damped_basis_fake(X: Tensor, damping: float = 0.0) -> tuple[Tensor, Tensor]:
-    return _empty(X), _core(X)
+def _damped_factor_fake(X: Tensor, damping: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+    return _core(X), _core(X), X.new_empty(X.shape[0])
+
+
+def _apply_fake(X: Tensor, C: Tensor, d: Tensor) -> Tensor:
+    return X.new_empty(*X.shape[:-1], C.shape[-1])
 
 
 lowrank_linear = bind(operators.lowrank_linear, _linear_fake)
@@ -94,7 +106,8 @@ transport = bind(operators.transport, _transport_fake)
 retract = bind(operators.retract, _retract_fake)
 polar = bind(operators.polar, _polar_fake)
 spectral = bind(operators.spectral, _spectral_fake)
-damped_basis = bind(operators.damped_basis, _damped_basis_fake)
+damped_factor = bind(operators.damped_factor, _damped_factor_fake)
+apply = bind(operators.apply, _apply_fake)
 
 
 def _keep(ctx: Any, inputs: tuple, output: tuple) -> None:

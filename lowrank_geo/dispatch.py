@@ -171,10 +171,18 @@ def runs_kernels(*tensors: Tensor) -> bool:
 
 
 def transport(
-    U: Tensor, V: Tensor, Up: Tensor, M: Tensor, Vp: Tensor, U1: Tensor, V1: Tensor
+    U: Tensor,
+    V: Tensor,
+    Up: Tensor,
+    M: Tensor,
+    Vp: Tensor,
+    U1: Tensor,
+    V1: Tensor,
+    UtU1: Tensor | None = None,
+    VtV1: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `lowrank_geo.reference.transport`."""
-    given = (U, V, Up, M, Vp, U1, V1)
+    given = (U, V, Up, M, Vp, U1, V1, UtU1, VtV1)
     return _chosen("transport", *given)(*given)
 
 
@@ -199,6 +207,11 @@ def spectral(X: Tensor, damping: float = 1e-3) -> Tensor:
     return (_chosen("spectral", X) if tall else reference.spectral)(X, damping)
 
 
-def damped_basis(X: Tensor, damping: float = 1e-3) -> tuple[Tensor, Tensor]:
-    """As `lowrank_geo.reference.damped_basis`."""
-    return _chosen("damped_basis", X)(X, damping)
+def damped_factor(X: Tensor, damping: float = 1e-3) -> tuple[Tensor, Tensor, Tensor]:
+    """As `lowrank_geo.reference.damped_factor`."""
+    return _chosen("damped_factor", X)(X, damping)
+
+
+def apply(X: Tensor, C: Tensor, d: Tensor) -> Tensor:
+    """As `lowrank_geo.reference.apply`."""
+    return _chosen("apply", X, C)(X, C, d)

@@ -112,17 +112,20 @@ def norm(xi: Tangent) -> Tensor:
     return inner(xi, xi).sqrt()
 
 
-def transport(point: Point, xi: Tangent, to: Point) -> Tangent:
+def transport(
+    point: Point, xi: Tangent, to: Point, overlaps: tuple[Tensor, Tensor] | None = None
+) -> Tangent:
     """The projection of `xi`, a tangent at `point`, to the tangent space at `to`: O((m+n)r²),
     never dense.
 
-    A contraction: |Tξ| ≤ |ξ|, with equality only where the two tangent spaces agree on ξ.
+    A contraction: |Tξ| ≤ |ξ|, with equality only where the two tangent spaces agree on ξ. UᵀU1 and VᵀV1 may be handed
+    over by who knows them.
 
-    Shapes: as `Tangent`, both ways.
+    Shapes: as `Tangent`, both ways; `overlaps` twice (..., r, r).
     """
     U, _, V = point
     U1, _, V1 = to
-    Cu, Cv = U.mT @ U1, V.mT @ V1
+    Cu, Cv = overlaps or (U.mT @ U1, V.mT @ V1)
     Du, Dv = xi.Up.mT @ U1, xi.Vp.mT @ V1
     right, left = xi.M @ Cv + Dv, xi.M.mT @ Cu + Du  # ξV1 = U·right + Up·Cv, ξᵀU1 = V·left + Vp·Cu
     M = Cu.mT @ right + Du.mT @ Cv  # U1ᵀξV1

@@ -101,9 +101,8 @@ class FixedRank(geoopt.Manifold):
         point = self.unpack(x)
         # RiemannianSGD of geoopt starts its momentum from the raw gradient, which is not tangent.
         step = geometry.gauge(point, self.unpack_tangent(u))
-        new = (retraction.orthographic if self.metric == "embedded" else retraction.polar)(
-            point, step
-        )
+        move = retraction.retract if self.metric == "embedded" else retraction.polar
+        new = move(point, step)
         return self.pack(retraction.keep_if_zero(point, step, new))
 
     def expmap(self, x: Tensor, u: Tensor) -> Tensor:

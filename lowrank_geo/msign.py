@@ -1,7 +1,7 @@
 """The sign of rectangular matrices, their orthogonal polar factor, from matrix products alone, without a host sync.
 
-`msign` works on the Gram of the short side, `polar_express` on the matrix itself; `damped_basis` is for where any basis
-will do.
+`msign` works on the Gram of the short side, `polar_express` on the matrix itself; `damped_factor` for where any
+basis will do.
 """
 
 import torch
@@ -80,19 +80,21 @@ def sign_factor(G: Tensor, damping: float = DAMPING) -> Tensor:
     return Q
 
 
-def damped_basis(X: Tensor, *, damping: float = DAMPING) -> tuple[Tensor, Tensor]:
-    """Q and upper triangular P with X = Q P, by one Cholesky factor; Q has the singular values σ/√(σ² + ε²) of `msign`.
+def damped_factor(X: Tensor, *, damping: float = DAMPING) -> tuple[Tensor, Tensor, Tensor]:
+    """P, T and d of the basis Q = (X/d) T of X = Q P, P upper triangular, with the singular values of `msign`.
 
-    Where the span of X matters and not its polar factor: a fifth of the time of `msign`.
+    Where the span of X matters and not its polar factor. Q itself is never formed: Q Z is `apply(X, T Z, d)`, one tall
+    product whatever Z is.
 
-    Shapes: X (..., m, r) with m >= r -> Q (..., m, r), P (..., r, r).
+    Shapes: X (..., m, r) with m >= r -> P, T (..., r, r), d (...), the largest entry of X.
     """
     largest = magnitude(X)
-    X = X / torch.where(largest > 0, largest, 1.0)
+    divisor = torch.where(largest > 0, largest, 1.0)
+    X = X / divisor
     gram = symmetric(X.mT @ X)
     square = torch.diagonal(gram, dim1=-2, dim2=-1).sum(-1)[..., None, None]  # |X|²
     identity = torch.eye(X.shape[-1], dtype=X.dtype, device=X.device)
     L, _ = torch.linalg.cholesky_ex(
         gram + torch.where(square > 0, damping**2 * square, 1.0) * identity
     )
-    return X @ inverse(L).mT, L.mT * largest
+    return L.mT * largest, inverse(L).mT, divisor[..., 0, 0]

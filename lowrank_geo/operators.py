@@ -50,11 +50,25 @@ def lowrank_linear_backward(
 
 
 def transport(
-    U: Tensor, V: Tensor, Up: Tensor, M: Tensor, Vp: Tensor, U1: Tensor, V1: Tensor
+    U: Tensor,
+    V: Tensor,
+    Up: Tensor,
+    M: Tensor,
+    Vp: Tensor,
+    U1: Tensor,
+    V1: Tensor,
+    UtU1: Tensor | None = None,
+    VtV1: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """ξ = K Vᵀ + U Vpᵀ with K = U M + Up, so that ξV1 = U (M C + D) + Up C and ξᵀU1 = V (MᵀA + B) + Vp A."""
-    A, B = _transport.transport_grams(U, Up, U1)  # UᵀU1, UpᵀU1
-    C, D = _transport.transport_grams(V, Vp, V1)  # VᵀV1, VpᵀV1
+
+    def grams(U: Tensor, Up: Tensor, U1: Tensor, known: Tensor | None) -> tuple[Tensor, Tensor]:
+        if known is None:
+            return _transport.transport_grams(U, Up, U1)
+        return known, _gram.gram(Up, U1)
+
+    A, B = grams(U, Up, U1, UtU1)  # UᵀU1, UpᵀU1
+    C, D = grams(V, Vp, V1, VtV1)  # VᵀV1, VpᵀV1
     left, right = M @ C + D, M.mT @ A + B
     M1 = A.mT @ left + B.mT @ C  # U1ᵀξV1
     M1t = C.mT @ right + D.mT @ A
@@ -90,8 +104,8 @@ def retract(
             gram = _retract.regram(K, T)
     zero = square == 0
     Q = _retract.settle(K, torch.where(zero[:, None, None], 0.0, T), U, zero)
-    UtQ, UptQ = _transport.transport_grams(U, Up, Q)
-    return Q, UtQ.mT.contiguous(), UptQ.mT.contiguous()
+    UtQ, KtQ = _transport.transport_grams(U, K, Q)
+    return Q, KtQ.mT.contiguous(), UtQ
 
 
 def polar(
@@ -118,12 +132,17 @@ def spectral(X: Tensor, damping: float = msign.DAMPING) -> Tensor:
     return _spectral.apply(X, msign.sign_factor(gram, damping) / size, divisor)
 
 
-def damped_basis(X: Tensor, damping: float = msign.DAMPING) -> tuple[Tensor, Tensor]:
+def damped_factor(X: Tensor, damping: float = msign.DAMPING) -> tuple[Tensor, Tensor, Tensor]:
     gram, size, divisor = unit_gram(X)
     identity = torch.eye(X.shape[-1], dtype=X.dtype, device=X.device)
     L, _ = torch.linalg.cholesky_ex(symmetric(gram) + damping**2 * identity)
     T = torch.linalg.solve_triangular(L.mT, identity.expand_as(gram) / size, upper=True, left=False)
-    return _spectral.apply(X, T, divisor), (L.mT * size * divisor[:, None, None]).contiguous()
+    largest = divisor * (trace(gram) > 0)  # P = 0 for X = 0
+    return (L.mT * size * largest[:, None, None]).contiguous(), T.contiguous(), divisor
+
+
+def apply(X: Tensor, C: Tensor, d: Tensor) -> Tensor:
+    return _spectral.apply(X, C, d)
 
 
 def unit_gram(X: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,7 +8,7 @@ Everything here works on (..., m, r) with m >= r and costs a few tall products; 
 import torch
 from torch import Tensor
 
-from lowrank_geo.geometry import magnitude
+from lowrank_geo.geometry import magnitude, minus
 
 
 def symmetric(A: Tensor) -> Tensor:
@@ -39,17 +39,38 @@ def mixing(r: int, like: Tensor) -> Tensor:
 def orthonormalize(K: Tensor, U: Tensor) -> Tensor:
     """Orthonormal basis of span(K), completed within span(U) where K is rank deficient.
 
-    Shifted Cholesky QR, the first Gram in float64. K is first moved by a few rounding errors along a rotated U, which
-    bounds its condition number: a singular K keeps its range, K = 0 gives U back. On the CPU, where a look at the
-    numbers waits for nothing, well-conditioned matrices take two passes in their own dtype (`twice`).
+    On the CPU, where a look at the numbers waits for nothing, well-conditioned matrices take two passes in their own
+    dtype (`twice`), the others and all elsewhere `shifted` Cholesky QR.
 
     Shapes: K, U (..., m, r), UᵀU = I -> (..., m, r).
     Error:  |QᵀQ − I|_max below 1e-6 in float32 and 1e-13 in float64, |K − QQᵀK| below 10·eps·√r·|K|, for every K.
+    """
+    found = twice(K) if on_host(K) else None
+    return shifted(K, U) if found is None else found[0]
+
+
+def factorize(K: Tensor, U: Tensor) -> tuple[Tensor, Tensor]:
+    """Q of `orthonormalize` with R = QᵀK, not triangular, for a tall product less than one after the other.
+
+    Shapes: K, U (..., m, r), UᵀU = I -> Q (..., m, r), R (..., r, r).
+    """
+    found = twice(K) if on_host(K) else None
+    if found is not None:
+        return found
+    Q = shifted(K, U)
+    return Q, Q.mT @ K
+
+
+def shifted(K: Tensor, U: Tensor) -> Tensor:
+    """Shifted Cholesky QR, the first Gram in float64.
+
+    K is first moved by a few rounding errors along a rotated U, which bounds its condition number: a singular K keeps
+    its range, K = 0 gives U back.
+
+    Shapes, error: as `orthonormalize`.
     Source: Fukaya et al., Shifted Cholesky QR, SIAM J. Sci. Comput. 42(1), 2020; Yamazaki et al., Mixed-precision
         Cholesky QR, SIAM J. Sci. Comput. 37(3), 2015.
     """
-    if on_host(K) and (Q := twice(K)) is not None:
-        return Q
     K, size = normalized(K)
     dtype, r = K.dtype, K.shape[-1]
     Q = K.double() + (U @ (4 * torch.finfo(dtype).eps * mixing(r, U))).double()
@@ -61,13 +82,14 @@ def orthonormalize(K: Tensor, U: Tensor) -> Tensor:
     return torch.where(size > 0, Q, U)
 
 
-def twice(K: Tensor) -> Tensor | None:
-    """Cholesky QR done twice, or None if a matrix of the batch is not well-conditioned enough for it.
+def twice(K: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Cholesky QR, then a symmetric correction of what its rounding left; None if a matrix of the batch is not
+    well-conditioned enough for it.
 
     Four tall products, no copies, no float64. Looks at the numbers of K.
 
-    Shapes: K (..., m, r) -> (..., m, r).
-    Error:  |QᵀQ − I|_max below 6e-7 in float32, |K − QQᵀK| below eps·√r·|K|; both are measured the same up to a
+    Shapes: K (..., m, r) -> Q (..., m, r), R = QᵀK (..., r, r).
+    Error:  |QᵀQ − I|_max below 6e-7 in float32, |K − QQᵀK| and |R − QᵀK| below eps·√r·|K|; measured the same up to a
         hundred times `WELL_CONDITIONED`.
     Source: Yamamoto et al., Roundoff error analysis of CholeskyQR2, ETNA 44, 2015.
     """
@@ -79,7 +101,14 @@ def twice(K: Tensor) -> Tensor | None:
     if failed.any() or not (condition < WELL_CONDITIONED * K.shape[-1] ** 2).all():
         return None
     Q = K @ R_inv
-    return Q @ inverse(cholesky(Q)).mT
+    E = symmetric(Q.mT @ Q) - torch.eye(K.shape[-1], dtype=K.dtype, device=K.device)
+    square = E @ E
+    # (I + E)^(−½) and (I + E)^(½) to O(E³), below rounding.
+    if not square.diagonal(dim1=-2, dim2=-1).sum(-1).amax() < torch.finfo(K.dtype).eps ** (2 / 3):
+        return None
+    Q = minus(Q, Q, E / 2 - square * 0.375)
+    R = L.mT
+    return Q, R + (E / 2 - square / 8) @ R
 
 
 # Largest |R⁻¹|²|R|²/r² for `twice`, R the triangular factor: it is 1 for orthonormal columns.

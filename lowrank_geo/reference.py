@@ -103,27 +103,37 @@ def tangent(
 
 
 def transport(
-    U: Tensor, V: Tensor, Up: Tensor, M: Tensor, Vp: Tensor, U1: Tensor, V1: Tensor
+    U: Tensor,
+    V: Tensor,
+    Up: Tensor,
+    M: Tensor,
+    Vp: Tensor,
+    U1: Tensor,
+    V1: Tensor,
+    UtU1: Tensor | None = None,
+    VtV1: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The tangent (Up, M, Vp) at (U, V), projected to the tangent space at (U1, V1).
 
-    Shapes: U, Up, U1 (..., m, r), M (..., r, r), V, Vp, V1 (..., n, r) -> (Up, M, Vp) at the new frames.
+    Shapes: U, Up, U1 (..., m, r), M (..., r, r), V, Vp, V1 (..., n, r), UᵀU1, VᵀV1 (..., r, r), both or neither ->
+        (Up, M, Vp) at the new frames.
     """
-    Up, M, Vp = geometry.transport(Point(U, M, V), Tangent(Up, M, Vp), Point(U1, M, V1))
+    overlaps = None if UtU1 is None or VtV1 is None else (UtU1, VtV1)
+    Up, M, Vp = geometry.transport(Point(U, M, V), Tangent(Up, M, Vp), Point(U1, M, V1), overlaps)
     return Up, M, Vp
 
 
 def retract(
     U: Tensor, A: Tensor, Up: Tensor, B: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """An orthonormal basis Q of K = U A + Up B (B = I if missing), with QᵀU and QᵀUp.
+    """An orthonormal basis Q of K = U A + Up B (B = I if missing), with QᵀK and UᵀQ.
 
-    Shapes: U, Up (..., m, r), A, B (..., r, r) -> Q (..., m, r), QᵀU, QᵀUp (..., r, r).
+    Shapes: U, Up (..., m, r), A, B (..., r, r) -> Q (..., m, r), QᵀK, UᵀQ (..., r, r).
     Error:  that of `lowrank_geo.orthonormal.orthonormalize`.
     """
     K = geometry.plus(Up if B is None else Up @ B, U, A)
-    Q = orthonormal.orthonormalize(K, U)
-    return Q, Q.mT @ U, Q.mT @ Up
+    Q, R = orthonormal.factorize(K, U)
+    return Q, R, U.mT @ Q
 
 
 def polar(
@@ -147,9 +157,17 @@ def spectral(X: Tensor, damping: float = msign.DAMPING) -> Tensor:
     return msign.msign(X, damping=damping)
 
 
-def damped_basis(X: Tensor, damping: float = msign.DAMPING) -> tuple[Tensor, Tensor]:
-    """`lowrank_geo.msign.damped_basis`.
+def damped_factor(X: Tensor, damping: float = msign.DAMPING) -> tuple[Tensor, Tensor, Tensor]:
+    """`lowrank_geo.msign.damped_factor`.
 
-    Shapes: X (..., m, r) with m >= r -> Q (..., m, r), P (..., r, r).
+    Shapes: X (..., m, r) with m >= r -> P, T (..., r, r), d (...).
     """
-    return msign.damped_basis(X, damping=damping)
+    return msign.damped_factor(X, damping=damping)
+
+
+def apply(X: Tensor, C: Tensor, d: Tensor) -> Tensor:
+    """(X/d) C.
+
+    Shapes: X (..., m, r), C (..., r, q), d (...) -> (..., m, q).
+    """
+    return X / d[..., None, None] @ C

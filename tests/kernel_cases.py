@@ -51,7 +51,8 @@ def stacks(L: int, m: int, n: int, r: int) -> Arguments:
         "retract": (U, S, Up, B),
         "polar": (U, 0.1 * Up / size, X, torch.arange(L, device=DEVICE) == 1),
         "spectral": (X,),
-        "damped_basis": (X,),
+        "damped_factor": (X,),
+        "apply": (X, B, 1 + w[:, 0]),
     }
 
 

@@ -14,7 +14,7 @@ from lowrank_geo.optim import RiemannianAdam, RiemannianMuon, RiemannianSGD, par
 RULES = {
     "muon": (
         lambda groups: RiemannianMuon(groups, lr=0.02),
-        {"retract", "transport", "damped_basis"},
+        {"retract", "transport", "damped_factor", "apply"},
     ),
     "muon, product": (
         lambda groups: RiemannianMuon(groups, lr=0.02, metric="product"),

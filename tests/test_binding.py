@@ -11,7 +11,7 @@ from lowrank_geo import LowRankLinear, binding, lowrank_linear
 from lowrank_geo.dispatch import use_backend
 from lowrank_geo.optim import RiemannianMuon, param_groups
 
-STACKED = ("tangent", "transport", "retract", "polar", "spectral", "damped_basis")
+STACKED = ("tangent", "transport", "retract", "polar", "spectral", "damped_factor", "apply")
 
 
 @pytest.mark.parametrize("name", STACKED)

@@ -206,7 +206,7 @@ def test_metrics_carry_momentum_into_the_new_tangent_space(point, metric):
     p = point(12, 9, 3)
     rule = metric_named(metric)
     xi = rule.gradient(p, random_tangent(p))
-    to, moved = rule.move(p, p, Tangent(*(0.1 * x for x in xi)), xi)
+    to, moved = rule.move(p, Tangent(*(0.1 * x for x in xi)), xi)
     assert (to.U.mT @ moved.Up).abs().max() < 1e-13 and (to.V.mT @ moved.Vp).abs().max() < 1e-13
     assert geometry.norm(moved) <= geometry.norm(xi) * (1 + 1e-12)
 

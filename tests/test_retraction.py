@@ -16,7 +16,7 @@ from oracles import (
 
 from lowrank_geo import retraction
 from lowrank_geo.geometry import Point, Tangent, embed, norm, project
-from lowrank_geo.retraction import RETRACTIONS, keep_if_zero, retract
+from lowrank_geo.retraction import RETRACTIONS, carried, keep_if_zero, retract
 
 METHODS = sorted(RETRACTIONS)
 SHAPES = [(7, 5, 1), (24, 18, 8), (33, 8, 8), (6, 40, 6), (5, 5, 5), (1, 1, 1)]
@@ -118,7 +118,7 @@ def test_at_a_zero_core_the_step_is_not_lost(step, method):
 @pytest.mark.parametrize("m, n, r", SHAPES)
 def test_svd_is_the_best_approximation(step, m, n, r, core):
     p, xi = step(m, n, r, core=core)
-    q = retraction.svd(p, xi)
+    q = retraction.svd(p, xi).point
     expected = best_approximation(dense(p) + embed(p, xi), r)
     assert (dense(q) - expected).norm() < 1e-12 * (1 + p.S.norm())
     diagonal = torch.diagonal(q.S)
@@ -133,7 +133,9 @@ def test_orthographic_projects_to_both_ranges(step, m, n, r, core):
     p, xi = step(m, n, r, core=core)
     Z = dense(p) + embed(p, xi)
     P, Q = (polar(x) @ polar(x).mT for x in (Z @ p.V, Z.mT @ p.U))
-    assert (dense(retraction.orthographic(p, xi)) - P @ Z @ Q).norm() < 1e-9 * (1 + p.S.norm())
+    assert (dense(retraction.orthographic(p, xi).point) - P @ Z @ Q).norm() < 1e-9 * (
+        1 + p.S.norm()
+    )
 
 
 @pytest.mark.parametrize("core", [None, 1e4])
@@ -144,7 +146,7 @@ def test_splitting_is_K_then_S_back_then_L(step, m, n, r, core):
     U1, S_hat = torch.linalg.qr(U0 @ S0 + D @ V0)  # the substeps of Lubich & Oseledets
     S_tilde = S_hat - U1.mT @ D @ V0
     L = V0 @ S_tilde.mT + D.mT @ U1
-    assert (dense(retraction.splitting(p, xi)) - U1 @ L.mT).norm() < 1e-9 * (1 + p.S.norm())
+    assert (dense(retraction.splitting(p, xi).point) - U1 @ L.mT).norm() < 1e-9 * (1 + p.S.norm())
 
 
 @pytest.mark.parametrize("core", [None, 10.0, "singular"])
@@ -215,6 +217,21 @@ def test_polar_does_not_depend_on_the_frames(point, size):
     assert (dense(retraction.polar(q, turned)) - dense(retraction.polar(p, step))).norm() < 1e-12
 
 
+@pytest.mark.parametrize("core", CORES)
+@pytest.mark.parametrize("m, n, r", SHAPES)
+@pytest.mark.parametrize("method", METHODS)
+def test_momentum_is_carried_to_the_new_point_whatever_the_core(point, method, m, n, r, core):
+    p = point(m, n, r, core=core, batch=(2,))
+    step, xi = (project(p, torch.randn(2, m, n, dtype=torch.float64)) for _ in range(2))
+    step = Tangent(*(torch.stack([x[0], 0 * x[1]]) for x in step))  # the second one stays
+    new, moved = carried(p, step, xi, method=method)
+    assert all(torch.equal(a[1], b[1]) for a, b in zip(p, new, strict=True))
+    alone = retract(p, step, method=method)
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(alone, new, strict=True))
+    error = embed(new, moved) - tangent_projection(new, embed(p, xi))
+    assert error.norm() < 1e-12 * embed(p, xi).norm()
+
+
 def test_keep_if_zero_is_bit_identical_for_still_matrices_only(point):
     p = point(9, 7, 3, torch.float32, batch=(5,))
     xi = zero(p)
@@ -261,7 +278,7 @@ def test_orthographic_does_not_drift_in_10_000_float32_steps(point):
 
     def advance(p):
         xi = project(p, torch.randn(3, 24, 17))
-        q = retraction.orthographic(p, scaled(xi, (sizes / norm(xi))[:, None, None]))
+        q = retract(p, scaled(xi, (sizes / norm(xi))[:, None, None]))
         return q._replace(S=q.S * 0.9)
 
     assert drift(point(24, 17, 8, torch.float32, batch=(3,)), advance) <= 1e-5

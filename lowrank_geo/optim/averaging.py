@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lowrank_geo.geometry import Point
-from lowrank_geo.orthonormal import orthonormalize
+from lowrank_geo.orthonormal import factorize
 
 Average = Callable[[Point, Point, float | Tensor], Point]
 
@@ -53,9 +53,9 @@ def orthographic(x: Point, z: Point, c: float | Tensor) -> Point:
     K, L = (1 - c) * (U @ S) + c * zV, (1 - c) * (V @ S.mT) + c * ztU
     A = U.mT @ K
     finite = A.isfinite().all(-1).all(-1)[..., None, None]
-    U1, V1 = orthonormalize(K, U), orthonormalize(L, V)
+    (U1, U1tK), (V1, V1tL) = factorize(K, U), factorize(L, V)
     middle = torch.linalg.pinv(torch.where(finite, A, 0.0))
-    core = torch.where(finite, (U1.mT @ K) @ middle @ (L.mT @ V1), torch.nan)
+    core = torch.where(finite, U1tK @ middle @ V1tL.mT, torch.nan)
     return exact(x, z, c, Point(U1, core, V1))
 
 

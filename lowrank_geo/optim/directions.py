@@ -204,9 +204,13 @@ class EmbeddedSpectral(Spectral):
         Up, M, Vp = signal.output
         r = M.shape[-1]
         # ξ = [U Q_u] [[M, P_vᵀ], [P_u, 0]] [V Q_v]ᵀ with Up = Q_u P_u and Vp = Q_v P_v.
-        (Q_u, P_u), (Q_v, P_v) = dispatch.damped_basis(Up), dispatch.damped_basis(Vp)
+        (P_u, T_u, d_u), (P_v, T_v, d_v) = dispatch.damped_factor(Up), dispatch.damped_factor(Vp)
         core = torch.cat(
             [torch.cat([M, P_v.mT], -1), torch.cat([P_u, torch.zeros_like(M)], -1)], -2
         )
         Z = polar_express(core) * (self.scale * max(Up.shape[-2], Vp.shape[-2]) ** 0.5)
-        return Tangent(Q_u @ Z[..., r:, :r], Z[..., :r, :r], Q_v @ Z[..., :r, r:].mT), slots
+        return Tangent(
+            dispatch.apply(Up, T_u @ Z[..., r:, :r], d_u),
+            Z[..., :r, :r],
+            dispatch.apply(Vp, T_v @ Z[..., :r, r:].mT, d_v),
+        ), slots

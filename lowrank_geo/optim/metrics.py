@@ -7,12 +7,12 @@ part inside span(U), span(V) removed, and the polar retraction.
 """
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 from torch import Tensor
 
-from lowrank_geo import dispatch, retraction
+from lowrank_geo import retraction
 from lowrank_geo.geometry import Point, Tangent
 
 
@@ -22,8 +22,8 @@ class Metric(NamedTuple):
     name: str
     # What Up and Vp of the tangent coordinates are multiplied by in the gradient of this metric; None for nothing.
     factors: Callable[[Point], tuple[Tensor | None, Tensor | None]]
-    # (old point, decayed point, step, ξ at the old point) -> new point, ξ there; a zero step keeps the decayed one.
-    move: Callable[[Point, Point, Tangent, Tangent], tuple[Point, Tangent]]
+    # (point, step, ξ) -> new point, ξ there; a zero step keeps the point bit for bit.
+    move: Callable[[Point, Tangent, Tangent], tuple[Point, Tangent]]
 
     def gradient(self, point: Point, xi: Tangent) -> Tangent:
         """The gradient of this metric from the tangent coordinates.
@@ -44,11 +44,6 @@ def product_factors(point: Point) -> tuple[Tensor, Tensor]:
     return point.S.mT, point.S
 
 
-def product_move(point: Point, decayed: Point, step: Tangent, xi: Tangent) -> tuple[Point, Tangent]:
-    """Polar factors; they turn frames as little as possible, so that ξ needs only a projection."""
-    return retraction.polar_carried(decayed, step, xi)
-
-
 def embedded(method: str = "orthographic") -> Metric:
     """The metric of R^(m×n) with the retraction called `method`.
 
@@ -59,17 +54,11 @@ def embedded(method: str = "orthographic") -> Metric:
         raise ValueError(
             f"the embedded metric needs a retraction out of {names}, got {method!r}; use one of them"
         )
-    retract = retraction.RETRACTIONS[method]
-
-    def move(point: Point, decayed: Point, step: Tangent, xi: Tangent) -> tuple[Point, Tangent]:
-        new = retraction.keep_if_zero(decayed, step, retract(decayed, step))
-        carried = dispatch.transport(point.U, point.V, *xi, new.U, new.V)
-        return new, Tangent(*carried)
-
+    move = partial(retraction.carried, method=method)
     return Metric("embedded", lambda point: (None, None), move)
 
 
-PRODUCT = Metric("product", product_factors, product_move)
+PRODUCT = Metric("product", product_factors, retraction.polar_carried)
 
 
 @cache  # the same object each time: torch.compile guards on its functions

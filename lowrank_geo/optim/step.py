@@ -73,7 +73,7 @@ def take(
     """
     step = Tangent(*(-lr * x for x in proposal.direction))
     decayed = Point(point.U, (1 - lr * weight_decay) * point.S, point.V)
-    moved, carried = rule.metric.move(point, decayed, step, proposal.momentum)
+    moved, carried = rule.metric.move(decayed, step, proposal.momentum)
     before, after = norm(proposal.momentum), norm(carried)
     tiny = torch.finfo(before.dtype).tiny
     tau = torch.where(before > 0, after / before.clamp_min(tiny), 1.0)
