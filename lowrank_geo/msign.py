@@ -7,7 +7,7 @@ basis will do.
 import torch
 from torch import Tensor
 
-from lowrank_geo.geometry import magnitude, plus
+from lowrank_geo.geometry import add_, magnitude
 from lowrank_geo.orthonormal import inverse, normalized, symmetric
 
 # Optimal odd quintics for singular values in [1e-3, 1], one a step, from Table 1 of the source;
@@ -23,6 +23,7 @@ POLAR_EXPRESS = (
     (1.875, -1.25, 0.375),
 )
 HEADROOM = 1.01  # the first polynomials may leave [0, 1] slightly for an argument of exactly 1
+REACH = 1.97**2  # the second polynomial takes singular values up to 1.98
 DAMPING = 1e-3
 # Six reach 1.2e-3, as near as float32 resolves the Gram of a singular value at the damping; eight 5e-12.
 STEPS = {torch.float32: 6, torch.float64: 8}
@@ -47,18 +48,29 @@ def msign(X: Tensor, *, damping: float = DAMPING) -> Tensor:
 
 
 def polar_express(X: Tensor) -> Tensor:
-    """The polar factor of X by six Polar Express steps on X itself: three quarters of the work of `msign` for square X.
+    """The polar factor of X by five Polar Express steps on X itself: less than two thirds of the work of `msign` for
+    square X.
+
+    The first step of the source only lifts small singular values of a matrix of unit Frobenius norm. It is left out: the
+    powers of the Gram that the second step forms give the tighter bound β = (Σσ⁸)^(1/8) >= |X|₂ for nothing.
 
     Shapes: X (..., m, r) -> (..., m, r).
-    Error:  singular values from 1e-3·|X|_F on within 2e-3 of 1, below that 1 000 to 2 000 times as large; 0 stays 0;
-        finite for every finite X.
+    Error:  singular values from 4.2e-3·β on within 2e-3 of 1, β <= r^(1/8)·|X|₂; below that 240 to 480 times as large as
+        in X/β; 0 stays 0; finite for every finite X.
     Source: Amsel et al., The Polar Express, arXiv 2505.16932, 2025.
     """
-    X = normalized(X)[0] / HEADROOM
+    X = normalized(X)[0]
     identity = torch.eye(X.shape[-1], dtype=X.dtype, device=X.device)
-    for a, b, c in POLAR_EXPRESS[:6]:
+    first, *steps = POLAR_EXPRESS[1:6]
+    gram = X.mT @ X
+    square = gram @ gram
+    bound = torch.linalg.matrix_norm(square)[..., None, None].sqrt()  # β²
+    scale = REACH / torch.where(bound > 0, bound, 1.0)
+    a, b, c = first
+    X = X @ (scale.sqrt() * (a * identity + (b * scale) * gram + (c * scale.square()) * square))
+    for a, b, c in steps:
         gram = X.mT @ X
-        X = X @ (a * identity + plus(b * gram, c * gram, gram))
+        X = X @ (a * identity + add_(b * gram, gram, gram, alpha=c))
     return X
 
 
@@ -73,7 +85,7 @@ def sign_factor(G: Tensor, damping: float = DAMPING) -> Tensor:
     gram, Q = gram / HEADROOM**2, identity
     steps = POLAR_EXPRESS[: STEPS.get(G.dtype, len(POLAR_EXPRESS))]
     for step, (a, b, c) in enumerate(steps, start=1):
-        P = a * identity + plus(b * gram, c * gram, gram)
+        P = a * identity + add_(b * gram, gram, gram, alpha=c)
         Q = Q @ P if step > 1 else P / HEADROOM
         if step < len(steps):
             gram = symmetric(P @ gram @ P)

@@ -8,7 +8,7 @@ Everything here works on (..., m, r) with m >= r and costs a few tall products; 
 import torch
 from torch import Tensor
 
-from lowrank_geo.geometry import magnitude, minus
+from lowrank_geo.geometry import magnitude
 
 
 def symmetric(A: Tensor) -> Tensor:
@@ -101,12 +101,13 @@ def twice(K: Tensor) -> tuple[Tensor, Tensor] | None:
     if failed.any() or not (condition < WELL_CONDITIONED * K.shape[-1] ** 2).all():
         return None
     Q = K @ R_inv
-    E = symmetric(Q.mT @ Q) - torch.eye(K.shape[-1], dtype=K.dtype, device=K.device)
+    identity = torch.eye(K.shape[-1], dtype=K.dtype, device=K.device)
+    E = symmetric(Q.mT @ Q) - identity
     square = E @ E
     # (I + E)^(−½) and (I + E)^(½) to O(E³), below rounding.
     if not square.diagonal(dim1=-2, dim2=-1).sum(-1).amax() < torch.finfo(K.dtype).eps ** (2 / 3):
         return None
-    Q = minus(Q, Q, E / 2 - square * 0.375)
+    Q = Q @ (identity - E / 2 + square * 0.375)
     R = L.mT
     return Q, R + (E / 2 - square / 8) @ R
 

@@ -55,12 +55,13 @@ def test_polar_express_is_the_polar_factor(m, n, condition, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_polar_express_lets_small_singular_values_be(dtype):
     X = spectrum(8, 8, 1e6, dtype)
-    P, sigma, Q = torch.linalg.svd(X.double() / torch.linalg.matrix_norm(X.double()))
-    gain = (P.mT @ polar_express(X).double() @ Q.mT).diagonal() / sigma
-    small = sigma < 1e-4
-    assert small.any() and (gain[small] <= 2000).all()
+    P, sigma, Q = torch.linalg.svd(X.double())
+    relative = sigma / (sigma**8).sum() ** (1 / 8)
+    gain = (P.mT @ polar_express(X).double() @ Q.mT).diagonal() / relative
+    small = relative < 1e-3
+    assert small.any() and (gain[small] <= 480).all()
     if dtype == torch.float64:  # float32 does not resolve these
-        assert (gain[small] >= 1000).all()
+        assert (gain[small] >= 240).all()
     assert not polar_express(torch.zeros(2, 3, 3, dtype=dtype)).any()
     assert polar_express(torch.full((3, 3), torch.finfo(dtype).max, dtype=dtype)).isfinite().all()
 
