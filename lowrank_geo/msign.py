@@ -51,12 +51,12 @@ def polar_express(X: Tensor) -> Tensor:
     """The polar factor of X by five Polar Express steps on X itself: less than two thirds of the work of `msign` for
     square X.
 
-    The first step of the source only lifts small singular values of a matrix of unit Frobenius norm. It is left out: the
-    powers of the Gram that the second step forms give the tighter bound β = (Σσ⁸)^(1/8) >= |X|₂ for nothing.
+    The first step of the source only lifts small singular values of a matrix of unit Frobenius norm. It is left out:
+    the powers of the Gram that the second step forms give the tighter bound β = (Σσ⁸)^(1/8) >= |X|₂ for nothing.
 
     Shapes: X (..., m, r) -> (..., m, r).
-    Error:  singular values from 4.2e-3·β on within 2e-3 of 1, β <= r^(1/8)·|X|₂; below that 240 to 480 times as large as
-        in X/β; 0 stays 0; finite for every finite X.
+    Error:  singular values from 4.2e-3·β on within 2e-3 of 1, β <= r^(1/8)·|X|₂; below that 240 to 480 times as large
+        as in X/β; 0 stays 0; finite for every finite X.
     Source: Amsel et al., The Polar Express, arXiv 2505.16932, 2025.
     """
     X = normalized(X)[0]
