@@ -5,8 +5,9 @@
 with r×r matrices A, B, C made of the Grams of both sides (`lowrank_geo.operators.transport`); K = U M + Up and the
 ambient products are never formed.
 
-Bytes: the Grams read U, Up, U1 (12·rows·r), the write reads them again and writes Up1 (16·rows·r): 28·rows·r. The torch
-twin: 110·rows·r. Holding a slice of rows on chip between the passes would save 12, and needs a grid-wide barrier.
+Bytes: the Grams read U, Up, U1 (12·rows·r), the write reads them again and writes Up1 (16·rows·r): 28·rows·r, and 24
+where UᵀU1 is known, so that `gram` takes UpᵀU1 alone. The torch twin: 48 and 40. Holding a slice of rows on chip
+between the passes would save 12, and needs a grid-wide barrier.
 Torch twin: `lowrank_geo.reference.transport`. Accumulates in float32.
 """
 
