@@ -257,6 +257,30 @@ BAD = {
         lambda: quadratic_flow(H2 + torch.tensor([[0, 1], [0, 0]]), START, 0.5, 0.01, 1),
         r"symmetric Hessian, got \|H − Hᵀ\| up to 1;",
     ),
+    "a Hessian of NaN": (
+        lambda: quadratic_flow(H2 * math.nan, START, 0.5, 0.01, 1),
+        r"symmetric Hessian, got \|H − Hᵀ\| up to nan;",
+    ),
+    "a field that is no gradient": (
+        lambda: heavy_ball_flow(lambda x: x + x.flip(0) * H2[0], 0.5, 0.01, 1).trajectory(START, 1),
+        r"a flow needs a symmetric Hessian, got \|H − Hᵀ\| up to 1;",
+    ),
+    "a large field that is no gradient": (
+        lambda: heavy_ball_flow(lambda x: x.roll(1), 0.5, 0.01, 1).trajectory(torch.ones(65), 1),
+        "a flow needs a symmetric Hessian, got ⟨w, Hv⟩ − ⟨v, Hw⟩ = ",
+    ),
+    "a step of NaN": (
+        lambda: quadratic_flow(H2, START, 0.5, math.nan, 1),
+        "quadratic_flow needs lr > 0, got nan",
+    ),
+    "no steps": (
+        lambda: heavy_ball_flow(gradient, 0.5, 0.01, 1).trajectory(START, 0),
+        "a flow needs steps >= 1, got 0",
+    ),
+    "an unknown integrator": (
+        lambda: heavy_ball_flow(gradient, 0.5, 0.01, 1).trajectory(START, 1, integrator="euler"),
+        "an integrator out of rk4, dop853, got 'euler'",
+    ),
     "a flat Hessian": (lambda: quadratic_flow(H2[:1], START, 0.5, 0.01, 1), r"got shape \(1, 2\)"),
     "a quadratic too steep": (
         lambda: quadratic_flow(H2, START, 0.5, 0.1, 1),

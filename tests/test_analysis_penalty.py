@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lowrank_geo import geometry
-from lowrank_geo.analysis import linear, qhm
+from lowrank_geo.analysis import linear
 from lowrank_geo.analysis.balance import horizontal, imbalance
 from lowrank_geo.analysis.coefficients import steady
 from lowrank_geo.analysis.manifold import nearest, riemannian_hessian
@@ -18,7 +18,7 @@ from lowrank_geo.analysis.penalty import (
     manifold_penalty,
 )
 from lowrank_geo.analysis.regularization import gradient_penalty
-from lowrank_geo.analysis.two_step import two_step
+from lowrank_geo.analysis.two_step import quasi_hyperbolic, two_step
 from lowrank_geo.optim import RiemannianSGD
 from lowrank_geo.optim.filters import QHM, HeavyBall
 
@@ -129,7 +129,7 @@ def _split(loss, product=True):
 
 
 def test_a_flat_direction_has_the_roots_1_and_beta():
-    method = qhm.method(0.9, 0.7)
+    method = quasi_hyperbolic(0.9, 0.7)
     first, second = linear.companion(method, 0.3, 0.0)
     assert sorted(np_roots(first, second)) == pytest.approx([0.9, 1.0])
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lowrank_geo.analysis import linear, qhm
-from lowrank_geo.analysis.two_step import two_step
+from lowrank_geo.analysis.two_step import quasi_hyperbolic, two_step
 from lowrank_geo.optim import RiemannianSGD
 from lowrank_geo.optim.filters import EMA, QHM, Coefficients, HeavyBall, Nesterov, NesterovEMA
 
@@ -24,7 +24,8 @@ RATES = {  # R*(ν) for κ = 10, 100, 1000
     0.99: (0.522, 0.823, 0.944),
     1.0: (0.520, 0.819, 0.939),
 }
-FIGURE_2 = {  # α, β, ν -> the mean loss printed in the authors' notebook, eigenvalues 1 and 0.1, noise 0.3 I
+# α, β, ν -> the mean loss that the authors' notebook prints: of one run, eigenvalues 1 and 0.1, noise 0.3 I
+FIGURE_2 = {
     (1, 0.9, 0.7): 0.11,
     (0.1, 0.9, 0.7): 0.02,
     (1, 0.99, 0.7): 0.06,
@@ -37,11 +38,14 @@ FIGURE_2 = {  # α, β, ν -> the mean loss printed in the authors' notebook, ei
 
 
 class Each:
-    """A filter of its own for each parameter."""
+    """A filter of its own for each row of one parameter: the real coefficients of each, as columns."""
 
-    def __init__(self, filters):
-        columns = zip(*(f.coefficients(None) for f in filters), strict=True)
-        self.columns = Coefficients(*(torch.tensor(c, dtype=torch.float64) for c in columns))
+    def __init__(self, filters, dimensions):
+        rows = zip(*(f.coefficients(None) for f in filters), strict=True)
+        shape = (1, -1, *[1] * (dimensions - 1))  # one parameter, its rows
+        self.columns = Coefficients(
+            *(torch.tensor(c, dtype=torch.float64).view(shape) for c in rows)
+        )
 
     def coefficients(self, step):
         return self.columns
@@ -49,15 +53,16 @@ class Each:
 
 def stays(filters, edges, steps=300):
     """Whether the real optimizer contracts at 0.98 and at 1.02 of each edge; curvature 0.98 and 1.02 times it, lr 1."""
-    points = [nn.Parameter(torch.ones(2, dtype=torch.float64)) for _ in filters]
-    around = torch.tensor([0.98, 1.02], dtype=torch.float64)
-    rule = filters[0] if len(filters) == 1 else Each(filters)
-    optimizer, seen = RiemannianSGD(points, lr=1.0, filter=rule), []
+    x = nn.Parameter(torch.ones(len(filters), 2, dtype=torch.float64))
+    curvatures = torch.outer(
+        torch.tensor(edges, dtype=torch.float64), torch.tensor([0.98, 1.02]).double()
+    )
+    rule = filters[0] if len(filters) == 1 else Each(filters, 2)
+    optimizer, seen = RiemannianSGD([x], lr=1.0, filter=rule), []
     for _ in range(steps):
-        for x, edge in zip(points, edges, strict=True):
-            x.grad = edge * around * x.detach()
+        x.grad = curvatures * x.detach()
         optimizer.step()
-        seen.append(torch.stack([x.detach().abs() for x in points]))
+        seen.append(x.detach().abs().clone())
     early, late = (torch.stack(part).amax(0) for part in (seen[150:200], seen[250:]))
     return (late < early).tolist()
 
@@ -88,7 +93,7 @@ def test_the_bound_is_where_the_rate_passes_one(beta, nu):
 
 @pytest.mark.parametrize("setting", [(0.1, 0.9, 0.7), (1.9, 0.5, 0.2), (3.0, 0.9, 1.0)])
 def test_the_rate_is_the_spectral_radius_of_the_companion_matrix(setting):
-    first, second = linear.companion(qhm.method(*setting[1:]), setting[0], 0.7)
+    first, second = linear.companion(quasi_hyperbolic(*setting[1:]), setting[0], 0.7)
     matrix = np.array([[first, -second], [1.0, 0.0]])
     assert qhm.rate(*setting, [0.7]) == pytest.approx(abs(np.linalg.eigvals(matrix)).max())
 
@@ -159,7 +164,7 @@ def test_the_variance_of_known_cases():
 
 
 @pytest.mark.parametrize(
-    "alpha, beta, nu, steps", [(0.1, 0.9, 0.7, 300), (0.5, 0.9, 0.7, 300), (1, 0.99, 0.7, 1500)]
+    "alpha, beta, nu, steps", [(0.1, 0.9, 0.7, 300), (0.5, 0.9, 0.7, 300), (1, 0.99, 0.7, 400)]
 )
 def test_the_real_optimizer_has_the_exact_variance(alpha, beta, nu, steps):
     x = nn.Parameter(torch.zeros(10_000, dtype=torch.float64))
@@ -175,28 +180,43 @@ def test_the_real_optimizer_has_the_exact_variance(alpha, beta, nu, steps):
 
 @pytest.mark.parametrize("setting, printed", FIGURE_2.items(), ids=str)
 def test_the_losses_of_the_papers_figure(setting, printed):
-    # Two digits are printed, the smallest rounded up.
+    """Two digits are printed: within 10 % of the exact loss is a loss that is printed so. 7.6 % at the smallest."""
     found = qhm.stationary_loss(*setting, [1.0, 0.1], 0.3)
-    assert abs(found - printed) < max(0.1 * found, 0.0065)
+    nearest = min(max(found, printed - 0.005), printed + 0.005)
+    assert nearest == pytest.approx(found, rel=0.1)
 
 
-@pytest.mark.parametrize("setting", FIGURE_2, ids=str)
-def test_the_losses_of_the_papers_figure_on_the_real_optimizer(setting):
-    """Its problem, 400 times at once, after the transient: within 10 % of the formula."""
-    alpha, beta, nu = setting
+@pytest.fixture(scope="module")
+def figure_2():
+    """The protocol of its notebook on the real optimizer, 50 times: the mean over 10,000 steps from rest, all counted.
+
+    All eight settings at once: QHM is linear, so that α may stand in the gradients.
+    """
     curvatures = torch.tensor([1.0, 0.1], dtype=torch.float64)
-    x = nn.Parameter(torch.zeros(400, 2, dtype=torch.float64))
-    optimizer = RiemannianSGD([x], lr=alpha, filter=QHM(nu, beta))
-    settled = round(4 / (1 - qhm.rate(alpha, beta, nu, [0.1, 1.0])))
-    losses = []
-    for step in range(settled + 400):
-        if step >= settled:
-            losses.append(float((curvatures * x.detach().square() / 2).sum(-1).mean()))
-        # The covariance of the noise is 0.3 I.
-        x.grad = curvatures * x.detach() + math.sqrt(0.3) * torch.randn_like(x)
+    alphas = torch.tensor([alpha for alpha, _, _ in FIGURE_2], dtype=torch.float64)[:, None, None]
+    x = nn.Parameter(torch.zeros(8, 50, 2, dtype=torch.float64))
+    filters = [QHM(nu, beta) for _, beta, nu in FIGURE_2]
+    optimizer = RiemannianSGD([x], lr=1.0, filter=Each(filters, 3))
+    total, steps = torch.zeros_like(x), 10_000
+    slopes, deviation = alphas * curvatures, alphas * math.sqrt(0.3)  # the covariance is 0.3 I
+    for _ in range(steps):
+        at = x.detach()
+        total += at.square()
+        x.grad = slopes * at + deviation * torch.randn_like(at)
         optimizer.step()
-    expected = qhm.stationary_loss(*setting, [1.0, 0.1], 0.3)
-    assert np.mean(losses) == pytest.approx(expected, rel=0.1)
+    losses = (curvatures * total.detach() / 2).sum(-1) / steps
+    return dict(zip(FIGURE_2, losses, strict=True))
+
+
+@pytest.mark.parametrize("setting, printed", FIGURE_2.items(), ids=str)
+def test_the_losses_of_the_papers_figure_on_the_real_optimizer(figure_2, setting, printed):
+    """One run, as printed, scatters: by 6 to 9 % at the smallest rate, whose 0.02 is one of the larger runs."""
+    runs = figure_2[setting]
+    exact = qhm.stationary_loss(*setting, [1.0, 0.1], 0.3)
+    assert float(runs.mean()) == pytest.approx(exact, rel=0.04)
+    assert float(runs.std()) < 0.13 * exact
+    nearest = min(max(exact, printed - 0.005), printed + 0.005)
+    assert abs(nearest - exact) < 2 * float(runs.std())
 
 
 def test_the_published_expansion_holds_for_short_steps_and_says_where_it_does_not():
@@ -220,6 +240,18 @@ def test_other_filters_have_their_bounds_too():
 
 
 BAD = {
+    "a negative variance": (
+        lambda: qhm.stationary_loss(1, 0.9, 0.7, [1.0], -1.0),
+        r"noise >= 0, got -1\.0",
+    ),
+    "no variance": (
+        lambda: qhm.stationary_variance(1, 0.9, 0.7, 1.0, math.nan),
+        r"noise >= 0, got nan",
+    ),
+    "curvatures that are worlds apart": (
+        lambda: qhm.optimal(1e-300, 1e300),
+        r"curvature_max <= 1e\+12 curvature_min, got 1e-300 and 1e\+300",
+    ),
     "nu of 2": (lambda: qhm.rate(1, 0.9, 2, [1]), r"nu in \[0, 1\], got 2"),
     "beta of 1": (lambda: qhm.alpha_max(1.0, 1, 1), r"beta in \[0, 1\), got 1\.0"),
     "no step": (lambda: qhm.rate(0.0, 0.9, 1, [1]), r"alpha > 0, got 0\.0"),

@@ -170,7 +170,7 @@ BAD = {
     "exchanged": (["advise", "--curvature-max", "1", "--curvature-min", "2"], "got 2 and 1;"),
     "noise": (
         ["advise", "--curvature-max", "2", "--curvature-min", "1", "--noise", "-1"],
-        "noise >= 0, got -1.0",
+        "noise between 0 and 1e+100, got -1.0",
     ),
     "a method": (
         ["advise", "--curvature-max", "2", "--curvature-min", "1", "--optimizer", "adam"],
@@ -183,16 +183,37 @@ BAD = {
     "a power": (["schedule", "--w", "-1"], "w >= 0, got -1.0"),
     "two powers": (["schedule", "--c", "0.5", "--d", "0.5"], "c or d to be 0, got 0.5 and 0.5"),
     "few steps": (["schedule", "--steps", "3"], "steps >= 10, got 3"),
+    "noise of qhm": (["qhm", "--noise", "-1"], "analyze qhm needs noise between 0 and"),
+    "no number of noise": (["qhm", "--noise", "nan"], "1e+100, got nan; pass the standard"),
+    "noise without a square": (
+        ["advise", "--curvature-max", "2", "--curvature-min", "1", "--noise", "1e200"],
+        "got 1e+200; pass the standard deviation",
+    ),
+    "exchanged curvatures": (
+        ["qhm", "--curvature-max", "0.1", "--curvature-min", "10"],
+        "analyze qhm needs curvature_min <= curvature_max, got 10 and 0.1",
+    ),
+    "curvatures without a ratio": (
+        ["advise", "--curvature-max", "1e300", "--curvature-min", "1e-300"],
+        "advise needs curvature_max <= 1e+12 curvature_min, got 1e-300 and 1e+300",
+    ),
+    "negative steps": (["flow", "--steps", "-3"], "analyze flow needs steps >= 2, got -3"),
+    "no learning rate": (["flow", "--eta", "nan"], "analyze flow needs eta > 0, got nan"),
+    "no power": (["schedule", "--w", "nan"], "w >= 0, got nan"),
+    "a whole order": (["flow", "--order", "0"], "order between 1 and 4, got 0"),
     "no folder": (["qhm", "--out", "/nowhere/a.html"], "a folder that exists, got /nowhere"),
+    "a folder": (["qhm", "--out", "/tmp"], "the name of a file, got the folder /tmp;"),
 }
 
 
 @pytest.mark.parametrize("command, told", BAD.values(), ids=BAD)
-def test_bad_input_ends_with_a_sentence_and_code_2(command, told):
+def test_bad_input_ends_with_a_sentence_and_code_2(command, told, tmp_path):
+    out = tmp_path / "report.html"
+    command = command if "--out" in command else [*command, "--out", str(out)]
     result = CliRunner().invoke(app, ["analyze", *command])
     assert result.exit_code == 2
-    assert result.output.splitlines()[-1].startswith("error: ")
-    assert told in result.output
+    assert result.output.count("\n") == 1 and result.output.startswith("error: ")
+    assert told in result.output and not out.exists()
 
 
 def test_importing_the_laboratory_loads_neither_scipy_nor_matplotlib():

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import numpy as np
 
 from lowrank_geo.analysis import linear, qhm
+from lowrank_geo.analysis.checks import check_count, check_noise, check_positive, check_spectrum
+from lowrank_geo.analysis.two_step import quasi_hyperbolic
 
 METHODS = {  # the values of ν that each may take; None: ν = β
     "sgd": (0.0,),
@@ -70,7 +72,7 @@ def advise(problem: Problem, optimizer: str = "qhm") -> Advice:
     decays = [0.0] if optimizer == "sgd" else DECAYS.tolist()
     for beta, fixed in itertools.product(decays, METHODS[optimizer]):
         nu = beta if fixed is None else fixed
-        rule = qhm.method(beta, nu)
+        rule = quasi_hyperbolic(beta, nu)
         alphas = STEPS * linear.largest_step(rule) / problem.curvature_max
         rates = linear.radius(rule, alphas[:, None], spectrum).max(-1)
         floors = linear.excess_loss(rule, alphas, spectrum.tolist(), problem.noise**2)
@@ -122,13 +124,7 @@ def _check(problem: Problem, optimizer: str) -> None:
         raise ValueError(
             f"advise needs an optimizer out of {', '.join(METHODS)}, got {optimizer!r}; use one of them"
         )
-    qhm.check_curvatures("advice", [problem.curvature_min, problem.curvature_max])
-    if not 0 <= problem.noise < math.inf:
-        raise ValueError(
-            f"advise needs noise >= 0, got {problem.noise}; pass the standard deviation of a gradient"
-        )
-    if problem.steps < 1:
-        raise ValueError(
-            f"advise needs steps >= 1, got {problem.steps}; pass the length of the run"
-        )
-    qhm.check_positive("advise", "start", problem.start)
+    check_spectrum("advise", problem.curvature_min, problem.curvature_max)
+    check_noise("advise", problem.noise)
+    check_count("advise", "steps", problem.steps, 1)
+    check_positive("advise", "start", problem.start)

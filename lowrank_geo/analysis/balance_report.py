@@ -9,9 +9,9 @@ from torch import nn
 
 from lowrank_geo.analysis import figures
 from lowrank_geo.analysis.balance import balance_change, imbalance
+from lowrank_geo.analysis.checks import check_positive
 from lowrank_geo.analysis.diagonal_report import STEP_SIZE
 from lowrank_geo.analysis.pages import Report
-from lowrank_geo.analysis.qhm import check_positive
 from lowrank_geo.analysis.two_step import heavy_ball, two_step
 from lowrank_geo.canvas import STEP
 from lowrank_geo.optim import RiemannianSGD

@@ -4,10 +4,12 @@ Source: Gitman, Lang, Zhang & Xiao, NeurIPS 2019, arXiv 1910.13962, theorems 1 a
 summaries, to be checked against the paper before they are quoted.
 """
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from lowrank_geo.analysis.checks import check_positive
 from lowrank_geo.optim.filters import Coefficients, check_decay
 
 
@@ -33,10 +35,9 @@ class PowerSchedule:
         check_decay("PowerSchedule", "beta", self.beta)
         if not 0 <= self.nu <= 1:
             raise ValueError(f"PowerSchedule needs nu in [0, 1], got {self.nu}; pass e.g. 0.7")
-        if not self.alpha > 0:
-            raise ValueError(f"PowerSchedule needs alpha > 0, got {self.alpha}; pass e.g. 0.1")
+        check_positive("PowerSchedule", "alpha", self.alpha)
         for name in ("w", "c", "d", "e"):
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(
                     f"PowerSchedule needs {name} >= 0, got {getattr(self, name)}; pass e.g. 0.6"
                 )

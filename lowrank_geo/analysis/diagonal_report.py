@@ -4,9 +4,9 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_geo.analysis import figures
+from lowrank_geo.analysis.checks import check_positive
 from lowrank_geo.analysis.diagonal import implicit_bias, momentum_bias, shrinkage
 from lowrank_geo.analysis.pages import Report
-from lowrank_geo.analysis.qhm import check_positive
 from lowrank_geo.analysis.two_step import heavy_ball
 from lowrank_geo.optim import RiemannianSGD
 

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 from torch.func import jvp
 
+from lowrank_geo.analysis.checks import check_count
 from lowrank_geo.analysis.coefficients import check_order, settled, steady
 from lowrank_geo.analysis.differentials import Field, evaluate
 from lowrank_geo.analysis.integrate import dop853, rk4
+from lowrank_geo.analysis.quadratic import symmetric_eigen
 from lowrank_geo.analysis.trees import forest
 from lowrank_geo.analysis.two_step import TwoStep, heavy_ball, two_step, validity_bound
 from lowrank_geo.optim.filters import Filter
@@ -25,6 +27,7 @@ from lowrank_geo.optim.filters import Filter
 Outside = Literal["refuse", "warn", "ignore"]
 POWERS = 30  # power iterations for the largest curvature
 DENSE = 64  # dimensions up to which the Hessian is decomposed instead
+INTEGRATORS = {"rk4": rk4, "dop853": dop853}
 
 
 @dataclass(frozen=True)
@@ -76,14 +79,20 @@ class Flow:
         """The flow at the times 0, lr, …, steps·lr, to be compared with the iterates.
 
         Args: integrator: "rk4" takes `substeps` fixed steps an interval, "dop853" is scipy's, adaptive to 1e-12.
-            outside: what happens where no first-order flow follows the iterates for ever.
+            outside: what happens where no first-order flow follows the iterates for ever; "ignore" looks at nothing.
         Shapes: x (d) -> (steps + 1, d).
         Error:  below the last counter term lr^order for either integrator (of order 4 an interval, and 8).
-        Raises: ValueError if lr times the largest curvature at x is beyond `validity_bound`.
+        Raises: ValueError if lr times the largest curvature at x is beyond `validity_bound`, if the Jacobian of the
+            gradient is not symmetric there, or for no steps or an unknown integrator.
         """
+        check_count("a flow", "steps", steps, 1)
+        if integrator not in INTEGRATORS:
+            raise ValueError(
+                f"a flow needs an integrator out of {', '.join(INTEGRATORS)}, got {integrator!r}; use one of them"
+            )
         self.check_curvature(x, outside)
         points = [self.start(x)]
-        advance = rk4 if integrator == "rk4" else dop853
+        advance = INTEGRATORS[integrator]
         for k in range(steps):
             points.append(advance(self.field(k), points[-1], self.lr, substeps))
         return torch.stack(points)
@@ -162,22 +171,39 @@ def largest_curvature(gradient: Field, x: Tensor) -> float:
     By decomposition up to 64 dimensions, else by power iteration, which is a lower bound.
 
     Shapes: x (d).
+    Units: loss per squared weight.
+    Raises: ValueError where the Jacobian of `gradient` is not symmetric: it is no gradient.
+    Source: derived; the λ of the bound (1 − √μ)².
     """
 
     def product(v: Tensor) -> Tensor:
         return jvp(gradient, (x,), (v,))[1]
 
     if x.numel() <= DENSE:
-        hessian = torch.stack([product(e) for e in torch.eye(x.numel(), dtype=x.dtype)])
-        return float(torch.linalg.eigvalsh((hessian + hessian.mT) / 2).abs().max())
+        basis = torch.eye(x.numel(), dtype=x.dtype, device=x.device)
+        hessian = torch.stack([product(e) for e in basis])
+        return float(symmetric_eigen("a flow", hessian)[0].abs().max())
     return _power_iteration(product, x)
 
 
 def _power_iteration(product: Callable[[Tensor], Tensor], x: Tensor) -> float:
     seed = torch.Generator(device="cpu").manual_seed(0)
-    v = torch.randn(x.shape, generator=seed, dtype=x.dtype).to(x.device)
+    v, w = (torch.randn(x.shape, generator=seed, dtype=x.dtype).to(x.device) for _ in range(2))
+    check_symmetric(product, v, w)
     largest = 0.0
     for _ in range(POWERS):
         v = product(v / v.norm().clamp_min(torch.finfo(v.dtype).tiny))
         largest = float(v.norm())
     return largest
+
+
+def check_symmetric(product: Callable[[Tensor], Tensor], v: Tensor, w: Tensor) -> None:
+    """Raise ValueError unless ⟨w, H v⟩ = ⟨v, H w⟩ to √eps of the products' sizes, as for the Hessian of any loss."""
+    Hv, Hw = product(v), product(w)
+    gap = float((w @ Hv - v @ Hw).abs())
+    size = float(w.norm() * Hv.norm() + v.norm() * Hw.norm())
+    if not gap <= torch.finfo(v.dtype).eps ** 0.5 * size:
+        raise ValueError(
+            f"a flow needs a symmetric Hessian, got ⟨w, Hv⟩ − ⟨v, Hw⟩ = {gap:.3g} for products of size {size:.3g}; "
+            "pass the gradient of a loss"
+        )

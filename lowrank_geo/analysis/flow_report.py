@@ -6,11 +6,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from lowrank_geo.analysis import figures, qhm
+from lowrank_geo.analysis import figures
+from lowrank_geo.analysis.checks import check_count, check_curvatures, check_positive
 from lowrank_geo.analysis.coefficients import check_order, counter_terms, flow_coefficients
 from lowrank_geo.analysis.flow import flow_validity_bound, heavy_ball_flow
 from lowrank_geo.analysis.pages import Report
 from lowrank_geo.analysis.quadratic import quadratic_flow
+from lowrank_geo.analysis.two_step import heavy_ball
 from lowrank_geo.canvas import STEP
 from lowrank_geo.optim import RiemannianSGD
 
@@ -40,9 +42,12 @@ def rates_by_order(mu: float, s: np.ndarray, order: int) -> np.ndarray:
 def flow_report(mu: float, eta: float, curvature: float, order: int, steps: int) -> Report:
     """Heavy ball against its flow: bound, coefficients, and the real optimizer beside the flows of each order.
 
-    Raises: ValueError for μ, η, order or a curvature out of range, or ηλ beyond the validity bound.
+    Raises: ValueError for μ, η, order, steps or a curvature out of range, or ηλ beyond the validity bound.
     """
-    qhm.check_curvatures("analyze flow", [curvature])
+    heavy_ball("analyze flow", mu)
+    check_positive("analyze flow", "eta", eta)
+    check_curvatures("analyze flow", [curvature])
+    check_count("analyze flow", "steps", steps, 2)
     check_order("analyze flow", order, MOST)
     hessian = torch.diag(torch.tensor([curvature, curvature / 10], dtype=torch.float64))
     start = torch.tensor([1.0, math.sqrt(10)], dtype=torch.float64)

@@ -1,8 +1,6 @@
 """The report of `lowrank-geo analyze frequency`: what an optimizer's momentum passes, by formula and by measurement."""
 
 import numpy as np
-import torch
-from torch import nn
 
 from lowrank_geo.analysis import figures
 from lowrank_geo.analysis.frequency import (
@@ -14,6 +12,7 @@ from lowrank_geo.analysis.frequency import (
     schedule_named,
 )
 from lowrank_geo.analysis.measured import frequency_response_of
+from lowrank_geo.analysis.momenta import example, keeps_filtered_gradients
 from lowrank_geo.analysis.pages import Report
 from lowrank_geo.canvas import STEP, Figure
 from lowrank_geo.optim.base import RiemannianOptimizer
@@ -29,17 +28,14 @@ def named_optimizer(name: str, total_steps: int) -> RiemannianOptimizer:
 
     Raises: ValueError for an unknown name, or one without a momentum of this family.
     """
-    known = sorted(OPTIMIZERS)
-    made = None
-    if name in OPTIMIZERS:
-        parameter = nn.Parameter(torch.zeros(2, 4))
-        made = OPTIMIZERS[name].make([{"params": [parameter], "lr": 1.0}], total_steps)
-    if not isinstance(made, RiemannianOptimizer):
-        raise ValueError(
-            f"analyze frequency needs an optimizer with a momentum filter out of {', '.join(known)}, got {name!r}; "
-            "not one of torch, schedule-free or of augmented bases"
-        )
-    return made
+    made = example(name, total_steps)
+    if keeps_filtered_gradients(made):
+        return made
+    known = [n for n in sorted(OPTIMIZERS) if keeps_filtered_gradients(example(n, 1))]
+    raise ValueError(
+        f"analyze frequency needs an optimizer with a momentum filter out of {', '.join(known)}, got {name!r}; "
+        "not one of torch, schedule-free or of augmented bases"
+    )
 
 
 def frequency_report(name: str, total_steps: int, schedule: Schedule, contraction: float) -> Report:

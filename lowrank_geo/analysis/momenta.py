@@ -1,6 +1,7 @@
 """The momentum of an optimizer by name, also of those that keep it elsewhere than in a filter of ours."""
 
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -41,20 +42,32 @@ def momentum_named(name: str, total_steps: int) -> tuple[Filter, bool]:
     >>> momentum_named("schedule-free-sgd", 10)
     (Interpolated(inner=HeavyBall(beta=0.0), beta=0.9), True)
     """
-    made = None
-    if name in OPTIMIZERS:
-        groups = [{"params": [nn.Parameter(torch.zeros(2, 4))], "lr": 1.0}]
-        made = OPTIMIZERS[name].make(groups, total_steps)
+    made = example(name, total_steps)
     if isinstance(made, torch.optim.AdamW):
         return EMA(made.param_groups[0]["betas"][0], unbiased=True), False
     if isinstance(made, ScheduleFree):
         inner, plain = of(made.optimizer)
         return Interpolated(inner, made.beta), plain
-    if isinstance(made, RiemannianOptimizer) and not isinstance(made, AugmentedOptimizer):
+    if keeps_filtered_gradients(made):
         return of(made)
     known = ", ".join(sorted(x for x in OPTIMIZERS if not x.startswith("dlrt")))
     raise ValueError(
         f"analyze run needs a run of {known}, got {name!r}; augmented bases keep the momentum of a core that changes"
+    )
+
+
+def example(name: str, total_steps: int) -> torch.optim.Optimizer | None:
+    """An optimizer by name, on a parameter of its own; None for an unknown name."""
+    if name not in OPTIMIZERS:
+        return None
+    groups = [{"params": [nn.Parameter(torch.zeros(2, 4))], "lr": 1.0}]
+    return OPTIMIZERS[name].make(groups, total_steps)
+
+
+def keeps_filtered_gradients(optimizer: object) -> TypeGuard[RiemannianOptimizer]:
+    """Whether its momentum is one of ours, of gradients: not that of the core in augmented bases, which change."""
+    return isinstance(optimizer, RiemannianOptimizer) and not isinstance(
+        optimizer, AugmentedOptimizer
     )
 
 

@@ -34,12 +34,9 @@ class Report(NamedTuple):
     def write(self, path: Path) -> Path:
         """Write the page.
 
-        Raises: FileNotFoundError if its folder is not there.
+        Raises: as `check_place`.
         """
-        if not path.parent.is_dir():
-            raise FileNotFoundError(
-                f"a report needs a folder that exists, got {path.parent}; make it, or name another --out"
-            )
+        check_place(path)
         page.write_page(path, page.page(self.title, self._parts()))
         return path
 
@@ -56,3 +53,15 @@ class Report(NamedTuple):
         if drawn:
             yield page.section("Figures", '<div class="figures">', *drawn, "</div>")
         yield page.section("Settings", page.settings(self.settings))
+
+
+def check_place(path: Path) -> None:
+    """Raise FileNotFoundError or IsADirectoryError unless a report can be written to `path`."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(
+            f"a report needs a folder that exists, got {path.parent}; make it, or name another --out"
+        )
+    if path.is_dir():
+        raise IsADirectoryError(
+            f"a report needs the name of a file, got the folder {path}; pass e.g. --out {path / 'report.html'}"
+        )

@@ -6,7 +6,9 @@ import numpy as np
 
 from lowrank_geo.analysis import figures, linear, qhm
 from lowrank_geo.analysis.advice import Problem, advise
+from lowrank_geo.analysis.checks import check_noise, check_spectrum
 from lowrank_geo.analysis.pages import Report
+from lowrank_geo.analysis.two_step import quasi_hyperbolic
 from lowrank_geo.canvas import Figure
 
 
@@ -18,8 +20,9 @@ def qhm_report(
     Raises: ValueError for settings or curvatures out of range.
     """
     low, high, noise = problem.curvature_min, problem.curvature_max, problem.noise
-    qhm.check_curvatures("plateau", [low, high])
-    rule, edge = qhm.method(beta, nu), qhm.alpha_max(beta, nu, high)
+    check_spectrum("analyze qhm", low, high)
+    check_noise("analyze qhm", noise)
+    rule, edge = quasi_hyperbolic(beta, nu), qhm.alpha_max(beta, nu, high)
     rate, best = qhm.rate(alpha, beta, nu, [low, high]), qhm.optimal(low, high, nu)
     floor = qhm.stationary_loss(alpha, beta, nu, [low, high], noise**2)
     numbers = [
@@ -85,7 +88,7 @@ def _map(nu: float, low: float, high: float, here: tuple[float, float]) -> Figur
     alphas = np.linspace(0, max(1.1 * here[0], min(1.1 * edges.max(), 5 * edges[50])), 161)[1:]
     rates = np.array(
         [
-            linear.radius(qhm.method(b, nu), alphas[:, None], np.array([low, high])).max(-1)
+            linear.radius(quasi_hyperbolic(b, nu), alphas[:, None], np.array([low, high])).max(-1)
             for b in betas
         ]
     )
@@ -99,7 +102,9 @@ def _floors(
     alphas: np.ndarray, beta: float, nu: float, problem: Problem, marks: dict[str, float]
 ) -> Figure:
     spectrum = np.array([problem.curvature_min, problem.curvature_max])
-    exact = linear.excess_loss(qhm.method(beta, nu), alphas, spectrum.tolist(), problem.noise**2)
+    exact = linear.excess_loss(
+        quasi_hyperbolic(beta, nu), alphas, spectrum.tolist(), problem.noise**2
+    )
     bracket = qhm.expansion_bracket(beta, nu)
     rough = problem.noise**2 * (
         alphas[:, None] / 4 + alphas[:, None] ** 2 / 8 * bracket * spectrum

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lowrank_geo.analysis.checks import check_count, check_positive
 from lowrank_geo.analysis.two_step import TwoStep, heavy_ball, validity_bound
 
 
@@ -49,9 +50,10 @@ def quadratic_flow(hessian: Tensor, x: Tensor, mu: float, eta: float, steps: int
     """Heavy ball on xᵀHx/2 as a flow, without a series: r_0 = 1 − ηλ, r_k = 1 + μ(1 − 1/r_{k−1}) − ηλ.
 
     Shapes: hessian (d, d) symmetric, x (d).
+    Units: η as in torch.optim.SGD, weights per gradient; time is η times steps.
     Error:  equals the iterates to 1e-13 at multiples of η.
-    Raises: ValueError for a Hessian that is not symmetric, μ outside [0, 1) or ηλ beyond (1 − √μ)².
-    Source: the functional equation of arXiv 2506.14806, solved on linear maps.
+    Raises: ValueError for a Hessian that is not symmetric, μ outside [0, 1), η ≤ 0, no steps or ηλ beyond (1 − √μ)².
+    Source: Lyu et al., arXiv 2506.14806: Φ_k = id + μ(id − Φ_{k−1}⁻¹) − η g, solved on linear maps.
 
     >>> H = torch.eye(1, dtype=torch.float64)
     >>> quadratic_flow(H, H[0], mu=0.0, eta=0.5, steps=2).at(torch.tensor([0.5, 1.0])).tolist()
@@ -66,8 +68,13 @@ def quadratic_momentum_flow(
 ) -> QuadraticFlow:
     """The same for any method of two points: r_k = 1 + β − a·lr·λ − (β + b·lr·λ)/r_{k−1}.
 
+    Shapes: hessian (d, d) symmetric, x (d).
+    Units: lr times an eigenvalue of the Hessian has none.
     Raises: as `quadratic_flow`.
+    Source: as `quadratic_flow`, for x₊ = x + β(x − x₋) − lr(a g(x) + b g(x₋)).
     """
+    check_positive("quadratic_flow", "lr", lr)
+    check_count("quadratic_flow", "steps", steps, 1)
     values, vectors = symmetric_eigen("quadratic_flow", hessian)
     bound, largest = validity_bound(method), float(values.max())
     if lr * largest >= bound:
@@ -87,14 +94,15 @@ def symmetric_eigen(call: str, matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues, ascending, and eigenvectors of a symmetric matrix.
 
     Shapes: (d, d) -> (d), (d, d).
-    Raises: ValueError, naming `call`, if it is not square or not symmetric to 1e-6 of its largest entry.
+    Raises: ValueError, naming `call`, if it is not square, or not symmetric to √eps of its largest entry.
     """
     if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1]:
         raise ValueError(
             f"{call} needs a square Hessian, got shape {tuple(matrix.shape)}; pass (d, d)"
         )
     skew = float((matrix - matrix.mT).abs().max())
-    if skew > 1e-6 * float(matrix.abs().max()):
+    # Written so that NaN is refused, too.
+    if not skew <= max(1e-6, torch.finfo(matrix.dtype).eps ** 0.5) * float(matrix.abs().max()):
         raise ValueError(
             f"{call} needs a symmetric Hessian, got |H − Hᵀ| up to {skew:.3g}; pass (H + Hᵀ)/2 if that is meant"
         )

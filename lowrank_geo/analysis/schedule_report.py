@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from lowrank_geo.analysis import figures, qhm
+from lowrank_geo.analysis.checks import check_count, check_positive
 from lowrank_geo.analysis.conditions import PowerSchedule, first_theorem, second_theorem
 from lowrank_geo.analysis.pages import Report
 from lowrank_geo.analysis.two_step import at_step
@@ -43,9 +44,8 @@ def schedule_report(schedule: PowerSchedule, noise: float, steps: int, seed: int
 
     Raises: ValueError for noise that is not positive or fewer than 10 steps.
     """
-    qhm.check_positive("analyze schedule", "noise", noise)
-    if steps < 10:
-        raise ValueError(f"analyze schedule needs steps >= 10, got {steps}; pass e.g. 4000")
+    check_positive("analyze schedule", "noise", noise)
+    check_count("analyze schedule", "steps", steps, 10)
     still = PowerSchedule(schedule.alpha, beta=schedule.beta, nu=schedule.nu)
     lines = {
         "this schedule": scheduled_losses(schedule, noise, steps, seed),

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from lowrank_geo.optim.filters import Coefficients, Filter, HeavyBall, check_decay
+from lowrank_geo.optim.filters import QHM, Coefficients, Filter, HeavyBall, check_decay
 
 
 class TwoStep(NamedTuple):
@@ -75,6 +75,20 @@ def heavy_ball(call: str, mu: float) -> TwoStep:
     """
     check_decay(call, "mu", mu)
     return two_step(HeavyBall(mu))
+
+
+def quasi_hyperbolic(beta: float, nu: float) -> TwoStep:
+    """x₊ = x + β(x − x₋) − α((1 − νβ) g(x) − β(1 − ν) g(x₋)), the normalised QHM.
+
+    Raises: ValueError for β out of [0, 1) or ν out of [0, 1].
+    Source: Gitman et al., NeurIPS 2019, arXiv 1910.13962, section 1, with d_k eliminated.
+
+    >>> quasi_hyperbolic(0.5, 1.0)
+    TwoStep(beta=0.5, current=0.5, previous=0.0)
+    """
+    if not 0 <= nu <= 1:
+        raise ValueError(f"qhm needs nu in [0, 1], got {nu}; 0 is SGD, 1 heavy ball")
+    return two_step(QHM(nu, beta))
 
 
 def validity_bound(method: TwoStep) -> float:

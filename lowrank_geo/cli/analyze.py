@@ -27,6 +27,10 @@ Steps = Annotated[int, typer.Option(help="Length of the run.")]
 def show(make: "Callable[[], Report]", out: Path | None, debug: bool) -> None:
     """Print the numbers of a report, and write it where it is asked for."""
     with refusals(debug):
+        if out is not None:
+            from lowrank_geo.analysis.pages import check_place
+
+            check_place(out)
         report = make()
         typer.echo(report.text())
         if out is not None:
