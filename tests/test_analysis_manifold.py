@@ -9,6 +9,7 @@ from torch import nn
 from lowrank_geo import geometry
 from lowrank_geo.analysis import qhm
 from lowrank_geo.analysis.manifold import (
+    largest_riemannian_curvature,
     nearest,
     noise_floor,
     riemannian_flow,
@@ -138,6 +139,39 @@ def project_batch(point, G):
     return Tangent(GV - point.U @ M, M, GtU - point.V @ M.mT)
 
 
+def minimum_of_rank(gradient, start, steps=500):
+    """Where the real optimizer ends on a deterministic loss; the gradient there is normal to the manifold, not 0."""
+    model, optimizer = layers_at([start], lr=0.4, momentum=0.7)
+    for _ in range(steps):
+        descend(model[0], gradient(dense(model[0])))
+        optimizer.step()
+    return nearest(dense(model[0]), start.S.shape[-1])
+
+
+def test_the_stability_bound_is_that_of_the_riemannian_hessian():
+    """At a minimum of rank 2 of a loss that it does not fit, QHM leaves at 1.02 and stays at 0.98 of the bound."""
+    gradient, start = completion()
+    point = minimum_of_rank(gradient, start)
+    G = gradient(geometry.to_dense(point))
+    assert geometry.norm(geometry.project(point, G)) < 1e-10 < 0.1 < G.norm()
+    curvature = largest_riemannian_curvature(gradient, point)
+    for beta, nu in ((0.9, 0.7), (0.5, 1.0), (0.0, 0.0), (0.8, 0.3)):
+        away = nearest(geometry.to_dense(point) + 1e-9 * start_direction(), 2)
+        edge, sizes = qhm.alpha_max(beta, nu, curvature), []
+        model, optimizer = layers_at([away] * 2, lr=edge, filter=QHM(nu, beta))
+        for _ in range(150):
+            for layer, factor in zip(model, (0.98, 1.02), strict=True):  # of the loss, as of lr
+                descend(layer, factor * gradient(dense(layer)))
+            optimizer.step()
+            sizes.append([float((dense(x) - geometry.to_dense(point)).norm()) for x in model])
+        early, late = (torch.tensor(part).amax(0) for part in (sizes[60:80], sizes[130:]))
+        assert (late > early).tolist() == [False, True], (beta, nu)
+
+
+def start_direction():
+    return torch.randn(6, 5, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+
+
 def test_the_noise_floor_of_full_rank_is_one():
     assert noise_floor(7, 5, 5) == 1.0
     assert noise_floor(1000, 1000, 1) == pytest.approx(0.002, rel=1e-3)
@@ -146,7 +180,11 @@ def test_the_noise_floor_of_full_rank_is_one():
 def test_refuses():
     gradient, point = completion()
     with pytest.raises(ValueError, match="order 1 or 2, got 3; .* second-order accurate"):
-        next(riemannian_flow(gradient, point, two_step(HeavyBall(0.5)), 0.01, 3, 1))
+        riemannian_flow(gradient, point, two_step(HeavyBall(0.5)), 0.01, 3, 1)
+    with pytest.raises(ValueError, match=r"needs lr·λ < 0\.0858, got .* at the start; lower lr"):
+        riemannian_flow(gradient, point, two_step(HeavyBall(0.5)), 1.0, 2, 1)
+    with pytest.raises(ValueError, match="riemannian_flow needs lr > 0, got nan"):
+        riemannian_flow(gradient, point, two_step(HeavyBall(0.5)), math.nan, 2, 1)
     with pytest.raises(ValueError, match="noise_floor"):
         noise_floor(4, 3, 5)
     singular = Point(point.U, torch.zeros(2, 2, dtype=torch.float64), point.V)

@@ -2,17 +2,20 @@
 
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.func import jvp
 
+from lowrank_geo.analysis.checks import check_positive
 from lowrank_geo.analysis.coefficients import settled
 from lowrank_geo.analysis.integrate import rk4
-from lowrank_geo.analysis.two_step import TwoStep
-from lowrank_geo.geometry import Point, Tangent, check_rank, embed, project, to_dense
+from lowrank_geo.analysis.two_step import TwoStep, validity_bound
+from lowrank_geo.geometry import Point, Tangent, check_rank, embed, norm, project, to_dense
 
 Field = Callable[[Tensor], Tensor]
 ORDERS = (1, 2)
+POWERS = 60  # iterations for the largest curvature
 
 
 def nearest(W: Tensor, rank: int) -> Point:
@@ -57,8 +60,10 @@ def riemannian_flow(
 
     Shapes: gradient (m, n) -> (m, n); -> W (m, n), steps + 1 times.
     Error:  O(lr^order) against `RiemannianSGD` with any second-order retraction and transport by projection.
-    Raises: ValueError for an order other than 1 or 2: from the third on, the flow needs a retraction and a transport
-        that are accurate to third order, and the curvature tensor.
+    Units: lr and time as those of the optimizer, weights per gradient.
+    Raises: ValueError for lr times the largest curvature on the manifold beyond `validity_bound`, or an order other
+        than 1 or 2: from the third on, the flow needs a retraction and a transport that are accurate to third order,
+        and the curvature tensor.
     Source: the flow of Lyu et al., arXiv 2506.14806, carried over; derived and tested here.
     """
     if order not in ORDERS:
@@ -66,8 +71,20 @@ def riemannian_flow(
             f"riemannian_flow needs order 1 or 2, got {order}; the optimizer's retraction and transport are "
             "second-order accurate, so that a further counter term would be below their error"
         )
-    rank, series = point.S.shape[-1], list(settled(method, order))
-    W = to_dense(point)
+    check_positive("riemannian_flow", "lr", lr)
+    bound, curvature = validity_bound(method), largest_riemannian_curvature(gradient, point)
+    if not lr * curvature < bound:
+        raise ValueError(
+            f"riemannian_flow needs lr·λ < {bound:.3g}, got {lr * curvature:.3g} at the start; lower lr below "
+            f"{bound / curvature:.3g} (the iterates oscillate and the flow does not)"
+        )
+    return _flow(gradient, point, list(settled(method, order)), lr, steps)
+
+
+def _flow(
+    gradient: Field, point: Point, series: list[np.ndarray], lr: float, steps: int
+) -> Iterator[Tensor]:
+    rank, W = point.S.shape[-1], to_dense(point)
     yield W
     for k in range(steps):
         c, gamma = (*series[min(k, len(series) - 1)].tolist(), 0.0)[:2]
@@ -86,6 +103,24 @@ def _field(gradient: Field, at: Point, c: float, gamma: float) -> Tensor:
     if gamma:
         velocity = velocity + gamma * embed(at, riemannian_hessian(gradient, at, grad))
     return velocity
+
+
+def largest_riemannian_curvature(gradient: Field, point: Point) -> float:
+    """The largest eigenvalue, by absolute value, of the Hessian on the manifold, by power iteration: a lower bound.
+
+    Shapes: gradient (m, n) -> (m, n), point (m, r), (r, r), (n, r).
+    Units: loss per squared weight.
+    Raises: as `riemannian_hessian`.
+    Source: derived; what takes the place of λ in the stability bound and in (1 − √μ)².
+    """
+    W, seed = to_dense(point), torch.Generator(device="cpu").manual_seed(0)
+    xi = project(point, torch.randn(W.shape, generator=seed, dtype=W.dtype).to(W.device))
+    largest = 0.0
+    for _ in range(POWERS):
+        size = norm(xi).clamp_min(torch.finfo(W.dtype).tiny)
+        xi = riemannian_hessian(gradient, point, Tangent(*(x / size for x in xi)))
+        largest = float(norm(xi))
+    return largest
 
 
 def noise_floor(m: int, n: int, r: int) -> float:
