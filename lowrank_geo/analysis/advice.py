@@ -60,6 +60,8 @@ def advise(problem: Problem, optimizer: str = "qhm") -> Advice:
     Found on a grid: 60 decays, 80 steps up to 98 % of the stability bound (a curvature is an estimate), 9 values of
     ν for "qhm".
 
+    Shapes: numbers.
+    Units: lr and α in weights per gradient, the floor a loss.
     Raises: ValueError for an unknown optimizer, curvatures that are not 0 < min <= max, negative noise or no steps.
     Source: Gitman et al., NeurIPS 2019, section 5 (the guidelines), with the exact stationary variance.
 

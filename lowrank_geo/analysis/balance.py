@@ -14,7 +14,9 @@ def imbalance(U: Tensor, V: Tensor) -> Tensor:
     """UᵀU − VᵀV.
 
     Shapes: U (m, r), V (n, r) -> (r, r), symmetric.
+    Units: squared weights.
     Raises: ValueError for factors of different ranks.
+    Source: derived; gradient flow leaves it as it is: d(UᵀU)/dt = −(UᵀGV + VᵀGᵀU) = d(VᵀV)/dt.
     """
     if U.shape[-1] != V.shape[-1]:
         raise ValueError(
@@ -30,6 +32,7 @@ def balance_change(method: TwoStep, lr: float, gradients: Tensor) -> Tensor:
 
     Args: gradients: Σ lr (g_Uᵀg_U − g_Vᵀg_V) over the steps, with g_U = ∂L/∂U and g_V = ∂L/∂V.
     Shapes: gradients (r, r) -> (r, r).
+    Units: gradients in loss (lr times squared slopes), the change in squared weights.
     Error:  relative O(lr); 0 without momentum.
     Source: derived from the first counter term of the flow, arXiv 2506.14806.
 
@@ -49,6 +52,7 @@ def horizontal(U: Tensor, V: Tensor, gU: Tensor, gV: Tensor) -> tuple[Tensor, Te
     only what is horizontal has a stationary distribution. A solves UᵀU A + A VᵀV = Uᵀ gU − gVᵀ V.
 
     Shapes: U, gU (…, m, r), V, gV (…, n, r) -> theirs.
+    Units: those of the change.
     Raises: ValueError where neither UᵀU nor VᵀV has full rank.
     Source: derived.
 

@@ -30,8 +30,10 @@ class CounterTerms(NamedTuple):
 def counter_terms(mu: float, k: int | None) -> CounterTerms:
     """The first three orders for heavy ball, by the scalar recursions; k = None for their limit.
 
-    Source: Lyu et al., arXiv 2506.14806 (the flow); the recursions are derived in docs/laboratory.md.
+    Shapes: numbers.
+    Units: none; the terms are −c g, −η γ H g, −η²(p H²g + q T[g, g]).
     Raises: ValueError for μ outside [0, 1) or a negative k.
+    Source: Lyu et al., arXiv 2506.14806 (the flow); the recursions are derived in docs/laboratory.md.
 
     >>> counter_terms(0.9, 5).gamma, counter_terms(0.9, None).gamma
     (43.96..., 950.0...)
@@ -66,9 +68,11 @@ def _next(mu: float, old: CounterTerms) -> CounterTerms:
 def flow_coefficients(mu: float, k: int | None, order: int) -> dict[Tree, float]:
     """c_k(τ) of heavy ball for every tree of at most `order` vertices; k = None for the limit.
 
+    Shapes: a number for each tree.
+    Units: none; c_k(τ) stands before η^(|τ|−1) F(τ).
     Error:  relative 1e-12 up to order 5 at μ = 0.9, against the closed forms.
-    Source: Lyu et al., arXiv 2506.14806; the functional equation of the step map, solved order by order.
     Raises: ValueError for μ outside [0, 1), a negative k or an order outside 1 … 8.
+    Source: Lyu et al., arXiv 2506.14806; the functional equation of the step map, solved order by order.
 
     >>> {tree: round(c, 3) for tree, c in flow_coefficients(0.5, None, 3).items()}
     {(): 2.0, ((),): -6.0, ((), ()): 16.6..., (((),),): 34.6...}

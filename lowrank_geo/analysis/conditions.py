@@ -60,6 +60,10 @@ class PowerSchedule:
 def first_theorem(schedule: PowerSchedule) -> list[str]:
     """Which conditions of theorem 1 fail: Σα = ∞, Σα² < ∞, β → 0. None: lim inf |∇L| = 0 almost surely.
 
+    Shapes: a schedule -> a sentence for each condition that fails.
+    Units: none.
+    Source: Gitman et al., NeurIPS 2019, arXiv 1910.13962, theorem 1.
+
     >>> first_theorem(PowerSchedule(w=0.75, d=0.5)), first_theorem(PowerSchedule(w=0.4, d=0.5))
     ([], ['Σα² < ∞ needs w > 1/2, got 0.4'])
     """
@@ -75,6 +79,10 @@ def second_theorem(schedule: PowerSchedule) -> list[str]:
     """Which conditions of theorem 2 fail, of momentum that grows: Σα = ∞, Σ(1 − β)² < ∞, Σα²/(1 − β) < ∞, ν → 1.
 
     For powers: ½ < c, (1 + c)/2 < w ≤ 1. They leave nothing for c ≥ 1.
+
+    Shapes: a schedule -> a sentence for each condition that fails.
+    Units: none.
+    Source: Gitman et al., NeurIPS 2019, arXiv 1910.13962, theorem 2.
 
     >>> second_theorem(PowerSchedule(w=0.9, c=0.6)), second_theorem(PowerSchedule(w=0.9, c=0.4))
     ([], ['Σ(1 − β)² < ∞ needs c > 1/2, got 0.4'])

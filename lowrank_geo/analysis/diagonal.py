@@ -22,6 +22,7 @@ def implicit_bias(X: Tensor, y: Tensor, scale: Tensor) -> Tensor:
     dual, where θ = 2ξ sinh(4 Xᵀν).
 
     Shapes: X (n, d), y (n), scale ξ (d), all positive -> (d).
+    Units: those of θ, and of ξ, which are squared weights of u and v.
     Error:  |Xθ − y| ≤ 1e-12 |y| in float64.
     Raises: ValueError for shapes that do not fit, a scale that is not positive, or rows of X that are not independent.
     Source: AAAI 2025 companion of arXiv 2506.14806, theorem 3.
@@ -77,6 +78,7 @@ def shrinkage(method: TwoStep, lr: float, squares: Tensor) -> Tensor:
 
     Args: squares: Σ lr·r², over the steps of a run.
     Shapes: squares (d) -> (d).
+    Units: none; squares times lr has none.
     Error:  relative O(lr).
     Source: derived from the first counter term of arXiv 2506.14806; equal to theorem 3 of the companion.
 
@@ -94,7 +96,10 @@ def momentum_bias(
     """Where momentum ends: `implicit_bias` at the scale ξ e^(shrinkage), which is nearer to l₁.
 
     Shapes: X (n, d), y (n), scale and squares (d) -> (d).
+    Units: those of θ.
     Error:  O(lr²) for u = v at the start; the gradient flow's own limit, `implicit_bias` at ξ, is O(lr) away.
     Raises: as `implicit_bias`.
+    Source: derived: `implicit_bias` at ξ exp(−4 η(1 + μ)/(1 − μ)³ ∫ r² dt), as theorem 3 of the AAAI 2025
+        companion.
     """
     return implicit_bias(X, y, scale * shrinkage(method, lr, squares).exp())

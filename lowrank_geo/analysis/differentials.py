@@ -45,7 +45,9 @@ def gradient_of(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> tuple[
 
     Args: loss: of the model, as a number that torch.func can differentiate.
     Shapes: (d) -> (d), and (d).
+    Units: loss per weight.
     Raises: ValueError for low-rank layers with gradient="tangent", whose .grad is not a derivative.
+    Source: torch.func; the f = −∇L of the series.
 
     >>> model = nn.Linear(1, 1, bias=False)
     >>> gradient, x = gradient_of(model, lambda net: net(torch.ones(1)).sum() ** 2)

@@ -138,7 +138,10 @@ def momentum_flow(
 ) -> Flow:
     """The flow of gradient descent with any filter of the family whose coefficients do not change.
 
+    Shapes: gradient (d) -> (d).
+    Units: lr as the optimizer takes it.
     Raises: as `heavy_ball_flow`; ValueError for a filter that changes along the run.
+    Source: Lyu et al., arXiv 2506.14806, with Φ_k = id + β(id − Φ_{k−1}⁻¹) − lr(a g + b g∘Φ_{k−1}⁻¹).
     """
     return _flow(gradient, two_step(filter), lr, order, piecewise, shift=True)
 
@@ -156,8 +159,10 @@ def _flow(
 def flow_validity_bound(mu: float) -> float:
     """(1 − √μ)²: heavy ball with η·λ from here on oscillates, and its flow ends at a finite step.
 
+    Shapes: numbers.
     Units: η times curvature, no unit.
     Raises: ValueError for μ outside [0, 1).
+    Source: derived: r = 1 + μ(1 − 1/r) − ηλ has a real solution up to here.
 
     >>> f"{flow_validity_bound(0.9):.5f}"
     '0.00263'

@@ -38,7 +38,9 @@ def frequency_response(
     Args: omega: radians per update; π alternates in sign. step: at which a filter that changes along the run is frozen.
         contraction: τ = |Tm|/|m| of the transport, which moves the pole from u to uτ.
     Shapes: omega (...) -> (...), complex.
+    Units: ω in radians per update, H in output per gradient.
     Raises: ValueError for a filter that changes when no step is named, or τ out of [0, 1].
+    Source: Li et al., ICLR 2025, arXiv 2411.19671, section 3, H(ω) = v/(1 − u e^{−jω}); a, b and τ derived.
 
     >>> from lowrank_geo.optim.filters import HeavyBall
     >>> abs(frequency_response(HeavyBall(0.9), [0.0, 0.1, 1.0, np.pi])).round(4).tolist()
@@ -54,6 +56,8 @@ def dynamic_response(filter: Filter, omega: ArrayLike, steps: ArrayLike) -> np.n
     """H(ω) at some steps of a run, as if the filter of that step had been there for long.
 
     Shapes: omega (k), steps (n) -> (n, k), complex.
+    Units: ω in radians per update, H in output per gradient.
+    Source: Li et al., ICLR 2025, arXiv 2411.19671, section 3, H_k(ω) of the stages of a run.
     """
     return np.stack([frequency_response(filter, omega, step=int(n)) for n in np.ravel(steps)])
 
@@ -61,7 +65,10 @@ def dynamic_response(filter: Filter, omega: ArrayLike, steps: ArrayLike) -> np.n
 def gain(filter: Filter, step: int | None = None, *, contraction: float = 1.0) -> float:
     """H(0): how many times a constant gradient counts; lr·gain is the effective learning rate.
 
+    Shapes: numbers.
+    Units: output per gradient.
     Raises: as `frequency_response`.
+    Source: Li et al., ICLR 2025, arXiv 2411.19671, section 3, H(0) = v/(1 − u).
 
     >>> from lowrank_geo.optim.filters import EMA, HeavyBall
     >>> round(gain(HeavyBall(0.9)), 6), round(gain(EMA(0.9)), 6)
@@ -78,6 +85,7 @@ def gradient_weights(filter: Filter, rates: Sequence[float]) -> np.ndarray:
     Args: rates: the learning rate of each step.
     Shapes: rates (n) -> (n).
     Units: learning rate.
+    Source: derived: Σ over later steps s of lr_s (a_s δ + b_s v Π u).
 
     >>> from lowrank_geo.optim.filters import HeavyBall
     >>> gradient_weights(HeavyBall(0.5), [1.0, 1.0, 1.0]).tolist()
@@ -99,7 +107,10 @@ def effective_gain(filter: Filter, total_steps: int, schedule: Schedule = "const
     Quasi-stationary: each step has the gain that its filter ends with. For FSGDM it is v(1 + 1/(2c)) at a constant rate
     and v(1/2 + (1/4 − 1/π²)/c) with a cosine, in the limit of many stages.
 
+    Shapes: numbers; a schedule takes the share of the run that has passed.
+    Units: output per gradient.
     Raises: ValueError for an unknown schedule or no steps.
+    Source: derived from H_k(0) of Li et al., ICLR 2025, arXiv 2411.19671, section 3.
 
     >>> from lowrank_geo.optim.filters import FSGDM, HeavyBall
     >>> round(effective_gain(FSGDM(9000, stages=9000), 9000, "cosine"), 2)
@@ -123,7 +134,10 @@ def matched_lr(
 
     Comparing filters at one learning rate compares gains: EMA(0.9) at heavy ball's rate takes a tenth of its steps.
 
+    Shapes: numbers.
+    Units: both rates in weights per output.
     Raises: as `effective_gain`.
+    Source: derived: lr · `effective_gain` is the same for both.
 
     >>> from lowrank_geo.optim.filters import EMA, HeavyBall
     >>> round(matched_lr(0.1, HeavyBall(0.9), EMA(0.9), 100), 6)

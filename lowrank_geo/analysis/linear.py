@@ -18,6 +18,8 @@ def companion(
     """(C₁, C₂) of z² − C₁ z + C₂.
 
     Shapes: lr and curvature of shapes that broadcast -> theirs, twice.
+    Units: lr·curvature has none.
+    Source: Gitman et al., NeurIPS 2019, arXiv 1910.13962, section 3, for any two-point method.
     """
     s = np.asarray(lr, dtype=float) * np.asarray(curvature, dtype=float)
     return 1 + method.beta - method.current * s, method.beta + method.previous * s
@@ -27,6 +29,8 @@ def radius(method: TwoStep, lr: ArrayLike, curvature: ArrayLike) -> np.ndarray:
     """The larger modulus of the two roots: the factor by which a step shrinks the error, in the end.
 
     Shapes: as `companion`, once.
+    Units: none.
+    Source: Gitman et al., NeurIPS 2019, arXiv 1910.13962, section 3: (|C₁| + √(C₁² − 4C₂))/2, or √C₂.
     """
     first, second = companion(method, lr, curvature)
     inside = first**2 - 4 * second
@@ -36,6 +40,10 @@ def radius(method: TwoStep, lr: ArrayLike, curvature: ArrayLike) -> np.ndarray:
 
 def largest_step(method: TwoStep) -> float:
     """The bound on lr·λ below which the method is stable: |C₂| < 1 and |C₁| < 1 + C₂.
+
+    Shapes: numbers.
+    Units: none: lr times curvature.
+    Source: Gitman et al., NeurIPS 2019, arXiv 1910.13962, section 3; the criterion of Schur and Cohn.
 
     >>> from lowrank_geo.analysis.two_step import two_step
     >>> from lowrank_geo.optim.filters import HeavyBall
@@ -60,6 +68,7 @@ def variance(
 
     Shapes: all broadcast.
     Units: noise in squared loss per weight, the result in squared weights.
+    Source: derived; Yule and Walker's equations of an ARMA(2, 1) process.
     """
     first, second = companion(method, lr, curvature)
     lr = np.asarray(lr, dtype=float)
@@ -77,6 +86,8 @@ def excess_loss(
 
     Args: noise: the variance of the gradient, of all modes or of each.
     Shapes: lr (...), curvatures (d), noise () or (d) -> (...).
+    Units: noise in squared loss per squared weight, the result a loss.
+    Source: Gitman et al., NeurIPS 2019, arXiv 1910.13962, section 4: ½ tr(A Σₓ).
     """
     values = np.asarray(curvatures, dtype=float)
     each = variance(method, np.asarray(lr, dtype=float)[..., None], values, noise)

@@ -22,6 +22,8 @@ def nearest(W: Tensor, rank: int) -> Point:
     """The nearest matrix of a rank, by SVD.
 
     Shapes: W (m, n) -> U (m, r), S (r, r), V (n, r).
+    Units: those of W, in S.
+    Source: Eckart & Young, Psychometrika 1, 1936.
     """
     U, values, Vh = torch.linalg.svd(W, full_matrices=False)
     return Point(U[:, :rank], torch.diag(values[:rank]), Vh[:rank].mT)
@@ -34,6 +36,7 @@ def riemannian_hessian(gradient: Field, point: Point, xi: Tangent) -> Tangent:
 
     Args: gradient: ∇L of the whole matrix, differentiable by torch.func.
     Shapes: gradient (m, n) -> (m, n).
+    Units: loss per squared weight, times that of ξ.
     Raises: ValueError for a singular S: the curvature grows without bound as σ_r falls.
     Source: Vandereycken, SIAM J. Optim. 23(2), 2013, section 2.3 (for diagonal S).
     """
@@ -129,6 +132,8 @@ def noise_floor(m: int, n: int, r: int) -> float:
     At a minimiser of rank r with curvature and noise the same in all directions: only noise within the tangent space is
     kept, and r(m + n − r) is its dimension.
 
+    Shapes: numbers.
+    Units: none, a share.
     Error:  O(lr); exact for constant curvature.
     Raises: ValueError for a rank above min(m, n).
     Source: derived; tested against `RiemannianSGD`.

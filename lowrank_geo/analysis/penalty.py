@@ -21,6 +21,7 @@ def manifold_penalty(loss: Loss, point: Point) -> Tensor:
     """|grad L|² in the embedded metric: |G V|² + |Gᵀ U|² − |Uᵀ G V|², with G = ∇L at W = U S Vᵀ.
 
     Shapes: loss (m, n) -> (), point (m, r), (r, r), (n, r) -> ().
+    Units: squared loss per squared weight.
     Source: derived; the Riemannian counterpart of Ghosh et al., ICLR 2023, arXiv 2302.00849.
     """
     return norm(project(point, grad(loss)(to_dense(point)))).square()
@@ -30,6 +31,7 @@ def factor_penalty(loss: Loss, U: Tensor, V: Tensor) -> Tensor:
     """|∂L/∂U|² + |∂L/∂V|² = |G V|² + |Gᵀ U|², with G = ∇L at W = U Vᵀ.
 
     Shapes: loss (m, n) -> (), U (m, r), V (n, r) -> ().
+    Units: squared loss per squared weight.
     Source: Ghosh et al., ICLR 2023, arXiv 2302.00849, in these coordinates.
     """
     G = grad(loss)(U @ V.mT)
@@ -42,6 +44,7 @@ def manifold_modified_loss(loss: Loss, filter: Filter, lr: float) -> Callable[[P
     w = lr γ/(2c) is that of flat space: (a/4)(1 + 2νβ/(1 − β)) for QHM of effective step a.
 
     Shapes: loss (m, n) -> (); the result takes a `Point` -> ().
+    Units: lr as the optimizer takes it, the result a loss.
     Raises: ValueError for a filter that changes along the run.
     Source: derived from `riemannian_flow`, as grad ½|grad L|² = Hess L[grad L].
     """
@@ -55,7 +58,9 @@ def factor_modified_loss(
     """The same for momentum on two factors: L + w (|G V|² + |Gᵀ U|²).
 
     Shapes: loss (m, n) -> (); the result takes U (m, r), V (n, r) -> ().
+    Units: lr as the optimizer takes it, the result a loss.
     Raises: ValueError for a filter that changes along the run.
+    Source: Ghosh et al., ICLR 2023, arXiv 2302.00849: L + w |∇L|², in these coordinates.
     """
     weight = gradient_penalty(two_step(filter), lr)
     return lambda U, V: loss(U @ V.mT) + weight * factor_penalty(loss, U, V)

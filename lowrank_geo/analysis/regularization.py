@@ -18,6 +18,8 @@ def gradient_penalty(method: TwoStep, lr: float) -> float:
 
     lr·γ/(2c): lr(1 + μ)/(4(1 − μ)²) for heavy ball; for QHM, of effective step a, (a/4)(1 + 2νβ/(1 − β)).
 
+    Shapes: numbers.
+    Units: squared weights per loss, as lr.
     Source: Ghosh et al., ICLR 2023, arXiv 2302.00849; Kovachki & Stuart, JMLR 22, 2021.
 
     >>> from lowrank_geo.optim.filters import HeavyBall
@@ -32,6 +34,7 @@ def modified_loss(loss: Loss, mu: float, eta: float) -> Loss:
     """The loss whose gradient flow heavy ball follows to first order: L + η(1 + μ)/(4(1 − μ)²)·|∇L|².
 
     Shapes: loss (d) -> (), and so the result.
+    Units: η as in torch.optim.SGD, the result a loss.
     Raises: ValueError for μ outside [0, 1).
     Source: Ghosh et al., ICLR 2023, arXiv 2302.00849.
 
@@ -44,7 +47,10 @@ def modified_loss(loss: Loss, mu: float, eta: float) -> Loss:
 def modified_loss_of(loss: Loss, filter: Filter, lr: float) -> Loss:
     """`modified_loss` for any filter of constant coefficients.
 
+    Shapes: loss (d) -> (), and so the result.
+    Units: lr as the optimizer takes it, the result a loss.
     Raises: ValueError for a filter that changes along the run.
+    Source: as `gradient_penalty`.
     """
     return _modified(loss, gradient_penalty(two_step(filter), lr))
 

@@ -29,7 +29,10 @@ class Recorded(NamedTuple):
 def read_sketches(run: str | Path) -> Recorded:
     """The sketches that `pretrain --probes` recorded; of a step recorded twice the last.
 
+    Shapes: as `Recorded`.
+    Units: lr as the optimizer took it; gradients in loss per weight.
     Raises: FileNotFoundError if there is no run; ValueError if it has fewer than 32 steps with sketches.
+    Source: `lowrank_geo.sketch`: products ⟨a bᵀ, G⟩ with fixed a, b do not turn with the frames.
     """
     path = Path(run)
     read_record(path)
@@ -58,6 +61,8 @@ def signal_to_noise(gradients: np.ndarray) -> float:
     Signal: mean ⟨g_t, g_{t+1}⟩; all: mean |g_t|². 0 where neighbours do not agree.
 
     Shapes: gradients (k, count), sketches.
+    Units: none.
+    Source: derived: E⟨g_t, g_{t+1}⟩ = |∇L|² for noise that is independent from step to step.
 
     >>> signal_to_noise(np.ones((3, 2)))
     inf
@@ -71,7 +76,9 @@ def spectrum(gradients: np.ndarray, length: int = 64) -> tuple[np.ndarray, np.nd
     """How the power of the gradients is spread over frequencies, by Welch's method with a Hann window.
 
     Shapes: gradients (k, count) -> ω (length/2 + 1) in radians per update, shares of the power that add up to 1.
+    Units: ω in radians per update, shares without.
     Raises: ValueError for fewer than `length` steps.
+    Source: Welch, IEEE Trans. Audio Electroacoust. 15(2), 1967.
     """
     if len(gradients) < length:
         raise ValueError(
@@ -89,7 +96,9 @@ def spectrum_of_gradients(run: str | Path) -> tuple[np.ndarray, np.ndarray]:
     """`spectrum` of a run that recorded sketches, in a frame that does not turn with U and V.
 
     Shapes: -> ω in radians per update and shares of the power, of one length.
+    Units: ω in radians per update, shares without.
     Raises: as `read_sketches`.
+    Source: Li et al., ICLR 2025, arXiv 2411.19671, section 3, for the question; Welch's method for the answer.
     """
     gradients = read_sketches(run).gradients
     return spectrum(gradients, min(64, len(gradients)))
@@ -99,6 +108,8 @@ def smoothness(recorded: Recorded, window: int) -> tuple[np.ndarray, np.ndarray]
     """Curvature along the steps, ⟨Δg, Δw⟩/|Δw|² over windows of steps: noise of batches averages out of the numerator.
 
     Shapes: -> steps, curvatures.
+    Units: loss per squared weight.
+    Source: as `directional_smoothness`, Lyu et al., arXiv 2506.14806.
     """
     moves, changes = np.diff(recorded.weights, axis=0), np.diff(recorded.gradients, axis=0)
     ends = range(window, len(moves) + 1, window)
@@ -112,6 +123,10 @@ def smoothness(recorded: Recorded, window: int) -> tuple[np.ndarray, np.ndarray]
 
 def edge_share(filter: Filter, step: int, lr: float, curvature: float) -> float:
     """lr·λ over the largest that the momentum bears: 1 is the edge of stability.
+
+    Shapes: numbers.
+    Units: none.
+    Source: derived from `linear.largest_step`.
 
     >>> from lowrank_geo.optim.filters import HeavyBall
     >>> edge_share(HeavyBall(0.5), 1, 1.0, 3.0)

@@ -59,7 +59,10 @@ def two_step(filter: Filter, step: int | None = None) -> TwoStep:
 
     From x₊ = x − lr (a g + b m) and m = u m₋ + v g, by eliminating m.
 
+    Shapes: a filter -> three numbers.
+    Units: none.
     Raises: as `constants`.
+    Source: derived; for QHM the recursion of Gitman et al., NeurIPS 2019, arXiv 1910.13962.
 
     >>> two_step(HeavyBall(0.9))
     TwoStep(beta=0.9, current=1.0, previous=0.0)
@@ -97,7 +100,9 @@ def validity_bound(method: TwoStep) -> float:
     Beyond it the companion roots are complex: the iterates oscillate, which no first-order flow in one variable does.
     It is the smallest positive s at which (1 + β − a s)² = 4 (β + b s).
 
+    Shapes: numbers.
     Units: lr times curvature, no unit.
+    Source: derived: where the companion polynomial z² − C₁ z + C₂ has a double root.
 
     >>> f"{validity_bound(two_step(HeavyBall(0.81))):.4f}"  # (1 − √β)²
     '0.0100'
