@@ -8,7 +8,7 @@ from torch import nn
 
 from lowrank_geo.analysis.balance import balance_change, imbalance
 from lowrank_geo.analysis.diagonal import implicit_bias, momentum_bias, shrinkage
-from lowrank_geo.analysis.diagonal_report import sparse_problem, train_diagonal
+from lowrank_geo.analysis.diagonal_report import diagonal_report, sparse_problem, train_diagonal
 from lowrank_geo.analysis.two_step import two_step
 from lowrank_geo.optim import RiemannianSGD
 from lowrank_geo.optim.filters import HeavyBall
@@ -50,6 +50,19 @@ def test_the_limit_is_second_order_and_that_of_gradient_flow_first(runs):
         [2, 2], abs=0.3
     )
     assert ours[-1] < theirs[-1] / 10
+
+
+def test_the_report_says_what_the_theory_promises(runs, monkeypatch):
+    """The report of the three runs above."""
+    done = {lam * (1 - MU) ** 2: run for lam, run in runs.items()}
+    monkeypatch.setattr(
+        "lowrank_geo.analysis.diagonal_report.train_diagonal",
+        lambda X, y, start, lr, mu: done[lr],
+    )
+    numbers = {what: value for what, value, _ in diagonal_report(MU, 0.04, 0.3, 0).numbers}
+    assert float(numbers["error of ln(u v)"].rstrip("%")) < 2
+    assert float(numbers["its fall per halving"]) == pytest.approx(4, abs=0.6)
+    assert float(numbers["and without"]) == pytest.approx(2, abs=0.3)
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1e-2, 10.0])

@@ -85,7 +85,7 @@ OPTIMIZERS = {
     "sgd": lambda groups: RiemannianSGD(groups, momentum=0.8),
     "sgd, product metric": lambda groups: RiemannianSGD(groups, momentum=0.8, metric="product"),
     "adam": lambda groups: RiemannianAdam(groups),
-    "lion": lambda groups: RiemannianLion(groups),
+    "lion": lambda groups: RiemannianLion(groups, betas=(0.9, 0.95)),
     "muon": lambda groups: RiemannianMuon(groups),
 }
 

@@ -106,12 +106,8 @@ def test_the_reports_say_what_was_measured():
     )
 
 
-def test_the_reports_of_bias_say_what_the_theory_promises():
-    numbers = {what: value for what, value, _ in diagonal_report(0.5, 0.04, 0.3, 0).numbers}
-    assert float(numbers["error of ln(u v)"].rstrip("%")) < 2
-    assert float(numbers["its fall per halving"]) == pytest.approx(4, abs=0.8)
-    assert float(numbers["and without"]) == pytest.approx(2, abs=0.3)
-    numbers = {what: value for what, value, _ in balance_report(0.9, 0.02, 1).numbers}
+def test_the_report_of_balance_says_what_the_theory_promises():
+    numbers = {what: value for what, value, _ in balance_report(0.9, 0.04, 1).numbers}
     assert float(numbers["its fall per halving"]) == pytest.approx(2, abs=0.15)
 
 
