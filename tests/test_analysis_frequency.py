@@ -150,6 +150,14 @@ def test_transport_that_contracts_lowers_the_gain(tau, expected):
     assert gain(HeavyBall(0.968), contraction=tau) == pytest.approx(expected, rel=5e-3)
 
 
+def test_transport_is_in_the_gain_of_a_run_and_in_the_rate_that_matches():
+    heavy, average = HeavyBall(0.9), EMA(0.95)
+    whole = effective_gain(heavy, 100, "cosine", contraction=0.99)
+    assert whole == pytest.approx(0.5 / (1 - 0.9 * 0.99), rel=1e-6)
+    found = matched_lr(0.1, heavy, average, 100, contraction=0.99)
+    assert found == pytest.approx(0.1 * (1 / (1 - 0.9 * 0.99)) / (0.05 / (1 - 0.95 * 0.99)))
+
+
 BAD = {
     "a filter that moves": (lambda: frequency_response(FSGDM(9), 0.0), "got FSGDM"),
     "a transport that grows": (lambda: gain(EMA(0.9), contraction=1.1), r"in \[0, 1\], got 1\.1"),

@@ -101,7 +101,9 @@ def gradient_weights(filter: Filter, rates: Sequence[float]) -> np.ndarray:
     return np.array(found[::-1])
 
 
-def effective_gain(filter: Filter, total_steps: int, schedule: Schedule = "constant") -> float:
+def effective_gain(
+    filter: Filter, total_steps: int, schedule: Schedule = "constant", *, contraction: float = 1.0
+) -> float:
     """The mean over the run of gain × schedule: lr·total_steps·this is the whole way of a constant gradient.
 
     Quasi-stationary: each step has the gain that its filter ends with. For FSGDM it is v(1 + 1/(2c)) at a constant rate
@@ -123,14 +125,20 @@ def effective_gain(filter: Filter, total_steps: int, schedule: Schedule = "const
             f"effective_gain needs total_steps >= 1, got {total_steps}; pass the length of the run"
         )
     shape = schedule_named("effective_gain", schedule)
-    steps = range(1, total_steps + 1)
-    return sum(gain(filter, n) * shape((n - 0.5) / total_steps) for n in steps) / total_steps
+    gains = (gain(filter, n, contraction=contraction) for n in range(1, total_steps + 1))
+    return sum(g * shape((k + 0.5) / total_steps) for k, g in enumerate(gains)) / total_steps
 
 
 def matched_lr(
-    lr: float, of: Filter, to: Filter, total_steps: int, schedule: Schedule = "constant"
+    lr: float,
+    of: Filter,
+    to: Filter,
+    total_steps: int,
+    schedule: Schedule = "constant",
+    *,
+    contraction: float = 1.0,
 ) -> float:
-    """The learning rate at which filter `to` moves as far over a run as `of` does at `lr`.
+    """The learning rate at which filter `to` moves as far over a run as `of` does at `lr`, under one transport.
 
     Comparing filters at one learning rate compares gains: EMA(0.9) at heavy ball's rate takes a tenth of its steps.
 
@@ -143,7 +151,10 @@ def matched_lr(
     >>> round(matched_lr(0.1, HeavyBall(0.9), EMA(0.9), 100), 6)
     1.0
     """
-    gains = [effective_gain(filter, total_steps, schedule) for filter in (of, to)]
+    gains = [
+        effective_gain(filter, total_steps, schedule, contraction=contraction)
+        for filter in (of, to)
+    ]
     return lr * gains[0] / gains[1]
 
 

@@ -59,7 +59,7 @@ def frequency_report(name: str, total_steps: int, schedule: Schedule, contractio
     if contraction == 1:
         at = np.geomspace(1e-3, np.pi, 12)
         measured[last] = (at, frequency_response_of(optimizer, at, step=end))
-    whole = effective_gain(filter, total_steps, schedule)
+    whole = effective_gain(filter, total_steps, schedule, contraction=contraction)
     high = abs(frequency_response(filter, np.pi, step=end, contraction=contraction))
     numbers = [
         (
@@ -71,7 +71,7 @@ def frequency_report(name: str, total_steps: int, schedule: Schedule, contractio
         ("mean gain of the run", f"{whole:.4g}", f"with the schedule {schedule}"),
         (
             "matched lr",
-            f"{matched_lr(0.1, REFERENCE, filter, total_steps, schedule):.4g}",
+            f"{matched_lr(0.1, REFERENCE, filter, total_steps, schedule, contraction=contraction):.4g}",
             "moves as far as heavy ball 0.9 at 0.1",
         ),
     ]
@@ -95,7 +95,7 @@ def frequency_report(name: str, total_steps: int, schedule: Schedule, contractio
             ("Gain and phase", figures.bode(omega, responses, measured), caption),
             (
                 "Effective gain over the run",
-                _over_the_run(filter, total_steps, schedule),
+                _over_the_run(filter, total_steps, schedule, contraction),
                 "Gain at ω = 0 times the schedule: "
                 "two filters are compared fairly when the areas under their curves are equal.",
             ),
@@ -109,11 +109,19 @@ def frequency_report(name: str, total_steps: int, schedule: Schedule, contractio
     )
 
 
-def _over_the_run(filter: Filter, total_steps: int, schedule: Schedule) -> Figure:
+def _over_the_run(
+    filter: Filter, total_steps: int, schedule: Schedule, contraction: float
+) -> Figure:
     steps = np.unique(np.linspace(1, total_steps, 300).astype(int))
     shape = schedule_named("analyze frequency", schedule)
     lines = {
-        label: (steps, [gain(rule, int(n)) * shape((n - 0.5) / total_steps) for n in steps])
+        label: (
+            steps,
+            [
+                gain(rule, int(n), contraction=contraction) * shape((n - 0.5) / total_steps)
+                for n in steps
+            ],
+        )
         for label, rule in (("this momentum", filter), ("heavy ball 0.9", REFERENCE))
     }
     return figures.curves(lines, STEP, "gain × schedule (no unit)", half=False)
