@@ -75,11 +75,11 @@ class FixedPoint(NamedTuple):
         v = v.div(self.n, rounding_mode="floor") * DENOMINATOR + lost % DENOMINATOR
         return State(self.position_before(state), v, lost.div(DENOMINATOR, rounding_mode="floor"))
 
-    def resume(self, state: State, index: int, kept: list) -> tuple[State, None]:
+    def resume(self, state: State, index: int, kept: list) -> State:
         """The state before step `index`, with the remainder that was kept there."""
         if self.begins_remainder(index):
             state = state._replace(lost=kept.pop())
-        return state, None
+        return state
 
     def mark(self, push: Tensor) -> Tensor:
         """A sum modulo 2⁶⁴ with odd weights, which differs if one entry or the order does."""

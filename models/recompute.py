@@ -67,6 +67,14 @@ def autocast_state(device: str) -> list[tuple]:
     ]
 
 
+def block_dtype(x: Tensor) -> torch.dtype:
+    """What blocks compute in, which get x: autocast's dtype within it, if that is coarser."""
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind):
+        return x.dtype
+    return max(x.dtype, torch.get_autocast_dtype(kind), key=lambda dtype: torch.finfo(dtype).eps)
+
+
 @contextmanager
 def recomputing(
     block: nn.Module, random: tuple, device: torch.device, autocast: list[tuple]
