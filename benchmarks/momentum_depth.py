@@ -2,8 +2,8 @@
 
 python benchmarks/momentum_depth.py            # minutes; results/momentum_depth.jsonl
 
-Contenders: backprop; backprop with activation checkpoints every √depth blocks; reversible in fixed point and in
-float64; momentumnet, if it is installed. Times are those of forward and backward over that of backprop, in turns in one
+Contenders: backprop; backprop with activation checkpoints of every block and every √depth blocks; reversible in fixed
+point and in float64; momentumnet, if it is installed. Times are those of forward and backward over that of backprop, in turns in one
 process. Memory is the peak of live bytes (lowrank_geo.live_memory), beside the limit of the fixed point: what the
 smallest depth needs, 8 bytes an entry every 44 lost bits, and the gradients of the further blocks' parameters, which
 backward holds until it ends. Gradient errors are relative, against backprop on the
@@ -33,7 +33,8 @@ except ModuleNotFoundError:
 
 METHODS = [
     "backprop",
-    "checkpoints",
+    "checkpoints, every block",
+    "checkpoints, every √depth",
     "reversible, fixed point",
     "reversible, float64",
     "momentumnet",
@@ -41,11 +42,10 @@ METHODS = [
 
 
 class Checkpointed(nn.Module):
-    """A stack cut in segments of √depth blocks, of which only the first state is kept."""
+    """A stack cut in segments of `length` blocks, of which only the first state is kept."""
 
-    def __init__(self, blocks: list[nn.Module], gamma: float) -> None:
+    def __init__(self, blocks: list[nn.Module], gamma: float, length: int) -> None:
         super().__init__()
-        length = math.isqrt(len(blocks) - 1) + 1
         cuts = range(0, len(blocks), length)
         self.segments = nn.ModuleList(MomentumStack(blocks[c : c + length], gamma) for c in cuts)
 
@@ -56,6 +56,17 @@ class Checkpointed(nn.Module):
         return x
 
 
+class InFloat32(nn.Module):
+    """A block that computes in float32 for a state in float64, as in reversible mode."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x.float()).double()
+
+
 def blocks_of(depth: int, width: int) -> list[nn.Module]:
     torch.manual_seed(0)
     return [nn.Sequential(nn.Linear(width, width), nn.Tanh()) for _ in range(depth)]
@@ -64,18 +75,21 @@ def blocks_of(depth: int, width: int) -> list[nn.Module]:
 def contender(method: str, blocks: list[nn.Module], gamma: float) -> nn.Module:
     if method == "momentumnet":
         return MomentumNet(blocks, gamma=gamma, use_backprop=False, is_residual=True)
-    if method == "checkpoints":
-        return Checkpointed(blocks, gamma)
+    if "checkpoints" in method:
+        length = 1 if "every block" in method else math.isqrt(len(blocks) - 1) + 1
+        return Checkpointed(blocks, gamma, length)
     if method == "backprop":
         return MomentumStack(blocks, gamma)
     return MomentumStack(blocks, gamma, mode="reversible", exact="fixed" in method)
 
 
-def reference(method: str, blocks: list[nn.Module], gamma: float) -> nn.Module:
-    """Backprop on the same forward."""
+def wanted_gradient(method: str, blocks: list[nn.Module], gamma: float, x: Tensor) -> Tensor:
+    """Of backprop on the same forward."""
     if method == "momentumnet":
-        return MomentumNet(blocks, gamma=gamma, use_backprop=True, is_residual=True)
-    return MomentumStack(blocks, gamma, exact="fixed" in method)
+        return gradient(MomentumNet(blocks, gamma=gamma, use_backprop=True, is_residual=True), x)
+    if method == "reversible, float64":
+        return gradient(MomentumStack(map(InFloat32, blocks), gamma), x.double())
+    return gradient(MomentumStack(blocks, gamma, exact="fixed" in method), x)
 
 
 def gradient(stack: nn.Module, x: Tensor) -> Tensor:
@@ -85,9 +99,8 @@ def gradient(stack: nn.Module, x: Tensor) -> Tensor:
 
 def gradient_error(method: str, gamma: float, depth: int, x: Tensor, width: int) -> float:
     blocks = blocks_of(depth, width)
-    found, wanted = (
-        gradient(make(method, blocks, gamma), x).double() for make in (contender, reference)
-    )
+    found = gradient(contender(method, blocks, gamma), x).double()
+    wanted = wanted_gradient(method, blocks, gamma, x).double()
     return float((found - wanted).norm() / wanted.norm())
 
 
@@ -108,7 +121,7 @@ def measure(gamma: float, depth: int, batch: int, width: int, repeats: int) -> d
     for method, run in list(runs.items()):
         try:
             run()  # gradients and buffers exist from now on
-        except RuntimeError as refusal:  # float32 blocks may round to other bits on the way back
+        except RuntimeError as refusal:
             refused[method] = str(refusal)
             del runs[method]
     for _ in range(repeats):
@@ -138,7 +151,7 @@ def gradient_bytes(depth: int, width: int) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gammas", type=float, nargs="+", default=[0.5, 0.9, 0.99])
-    parser.add_argument("--depths", type=int, nargs="+", default=[10, 40, 100, 400])
+    parser.add_argument("--depths", type=int, nargs="+", default=[10, 40, 100, 400, 1000])
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
