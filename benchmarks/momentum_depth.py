@@ -3,11 +3,11 @@
 python benchmarks/momentum_depth.py            # minutes; results/momentum_depth.jsonl
 
 Contenders: backprop; backprop with activation checkpoints of every block and every √depth blocks; reversible in fixed
-point and in float64; momentumnet, if it is installed. Times are those of forward and backward over that of backprop, in turns in one
-process. Memory is the peak of live bytes (lowrank_geo.live_memory), beside the limit of the fixed point: what the
-smallest depth needs, 8 bytes an entry every 44 lost bits, and the gradients of the further blocks' parameters, which
-backward holds until it ends. Gradient errors are relative, against backprop on the
-same forward: of ours in the same arithmetic, of momentumnet its own backprop mode.
+point and in float64; momentumnet, if it is installed. Times are those of forward and backward over that of backprop, in
+turns in one process. Memory is the peak of live bytes (lowrank_geo.live_memory), beside the limit of the fixed point:
+what the smallest depth needs, 8 bytes an entry every 44 lost bits, and the gradients of the further blocks' parameters,
+which backward holds until it ends. Gradient errors are relative, against backprop on the same forward: of ours in the
+same arithmetic, of momentumnet its own backprop mode.
 """
 
 import argparse
