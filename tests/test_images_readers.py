@@ -135,6 +135,17 @@ def test_masks_are_0_and_1_or_black_and_white(tmp_path):
     assert (classes_of(labels, 2, tmp_path) != big).mean() < 0.01
 
 
+def test_edges_that_strong_compression_greyed_are_one_side_or_the_other(tmp_path):
+    big, path = blob(256), tmp_path / "m.jpg"
+    Image.fromarray(big * 255).save(path, quality=20)
+    labels = read_labels(path)
+    assert ((labels > 64) & (labels < 191)).any()
+    assert (classes_of(labels, 2, path) != big).mean() < 0.01
+    Image.fromarray(np.tile(np.arange(256, dtype=np.uint8), (8, 1))).save(path)
+    with pytest.raises(BadFile, match="0 and 1, or 0 and 255"):
+        classes_of(read_labels(path), 2, path)
+
+
 @pytest.mark.parametrize(
     "labels, classes, said",
     [
