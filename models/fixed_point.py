@@ -83,7 +83,7 @@ class FixedPoint(NamedTuple):
 
     def mark(self, push: Tensor) -> Tensor:
         """A sum modulo 2⁶⁴ with odd weights, which differs if one entry or the order does."""
-        odd = torch.arange(1, 2 * push.numel(), 2, device=push.device)
+        odd = 2 * torch.arange(push.numel(), device=push.device) + 1
         return (push.flatten() * odd).sum()
 
     def fine(self, value: Tensor) -> Tensor:

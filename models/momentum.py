@@ -27,7 +27,8 @@ class MomentumStack(nn.Module):
 
     Shapes: x (...), kept by every block.
     Raises: ValueError for a γ outside [0, 1), γ = 0 in reversible mode, a block that changes the shape, values that
-        are not finite or reach 2²⁹ in exact arithmetic; TypeError for x that is not real; RuntimeError for a block
+        are not finite or reach 2²⁹ in exact arithmetic; TypeError for x that is not real, a γ that is no number, or
+        blocks that are no modules; RuntimeError for a block
         that computes other values in backward, or reads a tensor whose gradient would be lost.
     Source: Sander, Ablin, Blondel and Peyré, arXiv 2102.07870; Biswas et al., arXiv 2408.05692.
 
@@ -48,7 +49,7 @@ class MomentumStack(nn.Module):
         self.gamma, self.mode = check_gamma(gamma, mode), mode
         self.exact = mode == "reversible" if exact is None else exact
         self._arithmetic = fixed_point(gamma) if self.exact else None
-        self.blocks = nn.ModuleList(blocks)
+        self.blocks = nn.ModuleList(check_blocks(blocks))
 
     def extra_repr(self) -> str:
         return f"gamma={self.gamma}, mode={self.mode!r}, exact={self.exact}"
@@ -117,12 +118,14 @@ class Rounded(torch.autograd.Function):
 def check_gamma(gamma: float, mode: str) -> float:
     """γ.
 
-    Raises: ValueError outside [0, 1), for γ = 0 in reversible mode, and for an unknown mode.
+    Raises: ValueError outside [0, 1), for γ = 0 in reversible mode, and for an unknown mode; TypeError for no number.
     """
     if mode not in ("backprop", "reversible"):
         raise ValueError(
             f'MomentumStack needs mode "backprop" or "reversible", got {mode!r}; use one of them'
         )
+    if isinstance(gamma, bool) or not isinstance(gamma, int | float):
+        raise TypeError(f"MomentumStack needs a number as gamma, got {gamma!r}; 0.9 is usual")
     if not 0.0 <= gamma < 1.0:
         raise ValueError(f"MomentumStack needs 0 <= gamma < 1, got {gamma}; 0.9 is usual")
     if gamma == 0.0 and mode == "reversible":
@@ -131,3 +134,21 @@ def check_gamma(gamma: float, mode: str) -> float:
             'use mode="backprop"'
         )
     return gamma
+
+
+def check_blocks(blocks: Iterable[nn.Module]) -> list[nn.Module]:
+    """The blocks.
+
+    Raises: TypeError unless they are modules in a list, Sequential or other iterable.
+    """
+    if not isinstance(blocks, Iterable):
+        raise TypeError(
+            f"MomentumStack needs a list of blocks, got {type(blocks).__name__}; put the block into one"
+        )
+    found = list(blocks)
+    for block in found:
+        if not isinstance(block, nn.Module):
+            raise TypeError(
+                f"MomentumStack needs blocks that are modules, got {type(block).__name__}; wrap it in an nn.Module"
+            )
+    return found

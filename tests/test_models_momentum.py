@@ -332,6 +332,17 @@ def test_peak_live_bytes_are_constant_but_for_the_lost_bits(gamma):
     assert peaks[10] < 40 * 8 * x.numel()  # the constant
 
 
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("depth, rows", [(3, 0), (1, 2), (0, 2)])
+def test_no_rows_one_block_and_none_at_all(exact, depth, rows):
+    x, found = torch.randn(rows, 8, dtype=torch.float64), []
+    blocks = tanh_blocks(depth)
+    for mode in ("reversible", "backprop"):
+        found.append(gradients(MomentumStack(blocks, mode=mode, exact=exact), x))
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e12])
 def test_values_that_do_not_fit_are_refused(bad):
     with pytest.raises(ValueError, match="finite values below"):
@@ -365,3 +376,19 @@ def test_refuses_what_cannot_be_inverted():
         MomentumStack([nn.Linear(4, 3)], mode="reversible")(torch.zeros(2, 4))
     with pytest.raises(TypeError, match="floating-point x, got torch.int64"):
         MomentumStack([nn.Identity()])(torch.ones(3, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    "blocks, gamma, said",
+    [
+        (nn.Identity(), 0.9, "a list of blocks, got Identity"),
+        (None, 0.9, "a list of blocks, got NoneType"),
+        ([torch.tanh], 0.9, "blocks that are modules, got builtin_function_or_method"),
+        ([nn.Identity()], "0.9", "a number as gamma, got '0.9'"),
+        ([nn.Identity()], None, "a number as gamma, got None"),
+        ([nn.Identity()], True, "a number as gamma, got True"),
+    ],
+)
+def test_refuses_what_is_no_list_of_blocks_and_no_number(blocks, gamma, said):
+    with pytest.raises(TypeError, match=said):
+        MomentumStack(blocks, gamma)
