@@ -1,6 +1,7 @@
 """Residual blocks with momentum: v ← γ v + (1−γ) f(x), x ← x + v; γ = 0 is the plain residual network."""
 
 from collections.abc import Iterable
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -124,7 +125,7 @@ def check_gamma(gamma: float, mode: str) -> float:
         raise ValueError(
             f'MomentumStack needs mode "backprop" or "reversible", got {mode!r}; use one of them'
         )
-    if isinstance(gamma, bool) or not isinstance(gamma, int | float):
+    if isinstance(gamma, bool) or not isinstance(gamma, Real):
         raise TypeError(f"MomentumStack needs a number as gamma, got {gamma!r}; 0.9 is usual")
     if not 0.0 <= gamma < 1.0:
         raise ValueError(f"MomentumStack needs 0 <= gamma < 1, got {gamma}; 0.9 is usual")
@@ -133,7 +134,7 @@ def check_gamma(gamma: float, mode: str) -> float:
             "MomentumStack needs gamma > 0 in reversible mode, got 0.0, whose steps cannot be undone; "
             'use mode="backprop"'
         )
-    return gamma
+    return float(gamma)
 
 
 def check_blocks(blocks: Iterable[nn.Module]) -> list[nn.Module]:

@@ -99,6 +99,32 @@ def test_lists_give_the_published_split_and_no_test_means_validation(tmp_path):
         segmentation(tmp_path)
 
 
+def test_a_name_that_is_none_stops_or_is_passed_over(tmp_path):
+    kvasir(tmp_path)
+    lines = "".join(f"case{n:02d}\n" for n in range(12))
+    (tmp_path / "train.txt").write_text("\ufeff" + lines + "\n\n", "utf-8")
+    (tmp_path / "test.txt").write_text("\ncase77\n")
+    with pytest.raises(
+        BadFile, match=r"names of images .* got case77 in .*test.txt, which is none"
+    ):
+        segmentation(tmp_path)
+    images = segmentation(tmp_path, skip_bad=True)
+    assert "case77" in images.skipped[0] and len(images.split.train) == 11
+    (tmp_path / "test.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="text in UTF-8, got other bytes in"):
+        segmentation(tmp_path)
+
+
+def test_a_listed_name_may_hold_dots_and_a_suffix(tmp_path):
+    for number in range(4):
+        mask = blob(32, number)
+        write_png(tmp_path / "images" / f"scan.{number}.png", noisy(mask, number))
+        write_png(tmp_path / "masks" / f"scan.{number}.png", mask)
+    (tmp_path / "train.txt").write_text("scan.0\nscan.1.png\nscan.2\n")
+    (tmp_path / "test.txt").write_text("scan.3\n")
+    assert segmentation(tmp_path).split.test == [3]
+
+
 def test_folders_called_train_and_val_are_the_split(tmp_path):
     kvasir(tmp_path / "train", 6)
     for number in range(2):

@@ -13,6 +13,7 @@ import torch
 from lowrank_geo.images import folders
 from lowrank_geo.images.bad_files import Tolerance
 from lowrank_geo.images.dicom import digest
+from lowrank_geo.images.lists import listed
 from lowrank_geo.images.phantoms import slices
 from lowrank_geo.images.reading import (
     Sample,
@@ -54,7 +55,7 @@ def segmentation_folder(root: Path, settings: Settings, *, skip_bad: bool) -> Im
     """
     tolerance = Tolerance(skip_bad)
     sources = folders.segmentation_sources(root, tolerance)
-    samples = _read_all(_listed(sources, root), settings, tolerance)
+    samples = _read_all(listed(sources, root, tolerance), settings, tolerance)
     classes = ["background", *(f"class {i}" for i in range(1, settings.classes))]
     if settings.classes == 2:
         classes = ["background", "foreground"]
@@ -70,7 +71,7 @@ def class_folder(root: Path, settings: Settings, *, skip_bad: bool) -> Images:
     """
     tolerance = Tolerance(skip_bad)
     sources, classes = folders.class_sources(root, tolerance)
-    samples = _read_all(_listed(sources, root), settings, tolerance)
+    samples = _read_all(listed(sources, root, tolerance), settings, tolerance)
     return _images(samples, classes, "class folders", tolerance)
 
 
@@ -120,26 +121,6 @@ def check_masks(images: Images) -> None:
         raise ValueError(
             f"segmentation needs masks of two classes or more to train on, got only {found}; check the masks"
         )
-
-
-def _listed(sources: list[Source], root: Path) -> list[Source]:
-    """The sources with the parts that train.txt, val.txt and test.txt name: stems of files, or folders of patients."""
-    parts: dict[str, str] = {}
-    for part in NAMES:
-        file = root / f"{part}.txt"
-        for line in file.read_text("utf-8").splitlines() if file.is_file() else ():
-            name = folders.stem(Path(line.strip()))
-            if parts.setdefault(name, part) != part:
-                raise ValueError(
-                    f"a split needs every name in one list, got {name} in {parts[name]}.txt and {part}.txt; remove one"
-                )
-    if not parts:
-        return sources
-    by_patient = {digest(name): part for name, part in parts.items()}
-    return [
-        s._replace(part=parts.get(folders.stem(s.image), by_patient.get(s.patient or "")))
-        for s in sources
-    ]
 
 
 def _read_all(sources: list[Source], settings: Settings, tolerance: Tolerance) -> Iterator[Sample]:
