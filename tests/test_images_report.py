@@ -68,7 +68,7 @@ def test_classification_shows_truth_and_prediction(tmp_path):
     check_self_contained(page, found)
     assert EVIL not in page and "<img src=x" not in page
     assert found.text.count(EVIL) >= 1  # told, but as text
-    assert "accuracy" in found.text and "probability of the true class" in found.text
+    assert "accuracy" in found.text and "order of the probability of the true class" in found.text
 
 
 def test_names_of_files_are_text(tmp_path):

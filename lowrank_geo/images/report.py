@@ -161,6 +161,11 @@ def _cases(run: Path, result: dict[str, Any]) -> Iterator[str]:
         yield page.paragraph(
             "Left: the image. Middle: the truth. Right: the prediction, with the outline of the truth in white."
         )
+    else:
+        yield page.paragraph(
+            "The true class, and what the network takes the image for, with the probability that it gives to that. "
+            "In the order of the probability of the true class."
+        )
     yield f'<div class="cases{" wide" * segmented}">'
     for case in result["cases"]:
         file = run / "cases" / Path(case["file"]).name
@@ -172,6 +177,8 @@ def _cases(run: Path, result: dict[str, Any]) -> Iterator[str]:
         else:
             truth, found = printable(case["truth"]), printable(case["found"])
             sure = f"({case['probability']:.0%})"
-            told = f"{name}: {truth}, {f'taken for {found}' if truth != found else 'found'} {sure}"
+            told = (
+                f"{name}: {truth}, {f'taken for {found}' if truth != found else 'rightly'} {sure}"
+            )
         yield page.picture(file.read_bytes(), told, told)
     yield "</div>"
