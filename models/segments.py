@@ -10,9 +10,9 @@ from lowrank_geo.models.way_back import Gradients, Way, add, other_values, step_
 
 
 class Place(NamedTuple):
-    """A state that is known without error, before block `index`."""
+    """A state that is known without error, before a block."""
 
-    index: int
+    before: int
     state: FloatState
 
 
@@ -43,8 +43,8 @@ def through(way: Way, arithmetic: Segments, first: Place, last: Place, end: Grad
             add(end.total, key, gradient)
         return found._replace(total=end.total)
     del found
-    if last.index - first.index == 1:
-        raise other_values(f"block {first.index}")
+    if last.before - first.before == 1:
+        raise other_values(f"block {first.before}")
     middle = computed_again(way, arithmetic, first, last)
     found = through(way, arithmetic, middle, last, end)
     return through(way, arithmetic, first, middle, found)
@@ -56,12 +56,12 @@ def undone(
     """Gradients before a segment, those in `total` of its blocks only; and whether its start has been met."""
     state, found = last.state, end._replace(total={})
     largest = arithmetic.largest(first.state)
-    for index in reversed(range(first.index + 1, last.index)):
+    for index in reversed(range(first.before + 1, last.before)):
         push, found = step_back(way, index, arithmetic.position_before(state), found)
         largest = torch.maximum(largest, arithmetic.largest(state))
         state = arithmetic.retreat(state, push)
     # The first step is done again instead of undone: it starts from a state without error.
-    push, found = step_back(way, first.index, first.state.x, found)
+    push, found = step_back(way, first.before, first.state.x, found)
     after = arithmetic.advance(first.state, push)
     largest = torch.maximum(largest, arithmetic.largest(after))
     return found, agree(after, state, largest * arithmetic.tolerance)
@@ -72,14 +72,14 @@ def computed_again(way: Way, arithmetic: Segments, first: Place, last: Place) ->
 
     Raises: RuntimeError if its end is not met again: then it is not lost bits, but the blocks that differ.
     """
-    state, middle, half = first.state, first, (first.index + last.index) // 2
+    state, middle, half = first.state, first, (first.before + last.before) // 2
     largest = arithmetic.largest(state)
-    for index in range(first.index, last.index):
+    for index in range(first.before, last.before):
         if index == half:
             middle = Place(index, state)
         x = arithmetic.real(state.x, way.dtype).detach().requires_grad_()
         state = arithmetic.advance(state, arithmetic.push(way.again(index, x)[0]))
         largest = torch.maximum(largest, arithmetic.largest(state))
     if not agree(state, last.state, largest * arithmetic.tolerance):
-        raise other_values(f"every block from {first.index} to {last.index - 1}")
+        raise other_values(f"every block from {first.before} to {last.before - 1}")
     return middle

@@ -100,10 +100,13 @@ def through_fixed_point(
 
     Raises: RuntimeError if a block gives other values than on the way there; read once, after the last one.
     """
-    kept, same, found = list(way.tape.kept), [], end
+    kept, found = list(way.tape.kept), end
+    same: list[Tensor] = []
     for index in reversed(range(len(way.call.blocks))):
         push, found = step_back(way, index, arithmetic.position_before(state), found)
-        same.append(arithmetic.mark(push) == way.tape.marks[index])
+        mark = way.tape.marks[index]
+        assert mark is not None  # fixed point always leaves one
+        same.append(torch.eq(arithmetic.mark(push), mark))
         state = arithmetic.resume(arithmetic.retreat(state, push), index, kept)
     for done, agrees in enumerate(torch.stack(same).tolist() if same else []):
         if not agrees:

@@ -96,7 +96,7 @@ def test_segments_are_halved_where_blocks_round_more_than_x_does(monkeypatch):
     halved = []
 
     def counted(*given):
-        halved.append(given[2].index)
+        halved.append(given[2].before)
         return computed_again(*given)
 
     monkeypatch.setattr(segments, "computed_again", counted)
