@@ -58,7 +58,7 @@ def test_pretrain_then_everything_else(call, text, tmp_path):
     assert call("generate", run, "--prompt", "line ", "--tokens", 5, "--seed", 3) == first
 
     code, out, _ = call("pretrain", "--resume", run)
-    assert code == 0 and "resumed at step 4" in out
+    assert code == 0 and "resumed at step 4 of 4" in out and "nan" not in out
 
 
 @pytest.mark.usefixtures("no_plots")

@@ -118,6 +118,10 @@ def test_a_short_text_runs_out_of_merges() -> None:
     assert 257 < tokenizer.vocab_size < 270
 
 
+def test_more_tokens_than_a_text_has_letters_take_no_memory() -> None:
+    assert BPETokenizer.train(["aaaa"], 10**12).merges == BPETokenizer.train(["aaaa"], 300).merges
+
+
 def test_an_interrupted_save_keeps_the_old_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -142,8 +142,12 @@ HEAVY = (
 )
 
 
-def test_importing_the_library_loads_no_optional_package(tmp_path):
-    code = f"import lowrank_geo, sys; print([m for m in {HEAVY} if m in sys.modules])"
+@pytest.mark.parametrize(
+    "module, names",
+    [("lowrank_geo", HEAVY), ("lowrank_geo.cli.app", ("torch._dynamo", "matplotlib", "datasets"))],
+)
+def test_importing_loads_no_heavy_package(tmp_path, module, names):
+    code = f"import {module}, sys; print([m for m in {names} if m in sys.modules])"
     command = [sys.executable, "-W", "error", "-c", code]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

@@ -293,6 +293,19 @@ def test_a_model_that_does_not_fit_its_checkpoint_is_refused(config, tmp_path, v
         assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize("checkpoints", [True, False])
+def test_a_config_that_asks_for_another_model_is_refused_before_it_is_made(
+    config, tmp_path, monkeypatch, checkpoints
+):
+    run = pretrain(config, tmp_path / "run")
+    if not checkpoints:
+        shutil.rmtree(run / "checkpoints")
+    edited(run, "config", model="1b")
+    monkeypatch.setattr("lowrank_geo.train.run.new_model", None)
+    with pytest.raises(ValueError, match="whose config asks for its model, got --model 1b"):
+        resume(run)
+
+
 def test_the_model_of_a_run_is_that_of_its_last_checkpoint(config, tmp_path):
     run = pretrain(config, tmp_path / "run")
     model, tokenizer = load_model(run)

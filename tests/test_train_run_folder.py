@@ -113,6 +113,12 @@ def test_overwrite_refuses_a_file(tmp_path, create):
     assert (tmp_path / "file").read_text() == "text"
 
 
+def test_a_place_where_no_folder_can_be_is_refused(tmp_path, create):
+    (tmp_path / "file").write_text("text")
+    with pytest.raises(OSError, match="got .*file/run .File exists.; choose another"):
+        create("file/run")
+
+
 def test_overwrite_refuses_symlinks(create, tmp_path):
     create().close()
     (tmp_path / "link").symlink_to(tmp_path / "run")

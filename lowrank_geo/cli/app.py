@@ -11,9 +11,7 @@ from lowrank_geo.cli.options import config_options
 from lowrank_geo.cli.refusals import refusals
 from lowrank_geo.cli.runs import Debug, Functions, training_command
 from lowrank_geo.finetune.config import FinetuneConfig
-from lowrank_geo.generation import continue_text
 from lowrank_geo.train.config import TrainConfig
-from lowrank_geo.train.parts import load_model, plan_of
 
 app = typer.Typer(
     add_completion=False,
@@ -30,7 +28,7 @@ Run = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
 
 
 def pretraining() -> Functions:
-    # Matplotlib, for the report, takes a quarter of a second: the other commands need not wait for it.
+    # Models bring torch's compiler, reports matplotlib: seconds for which other commands and --help need not wait.
     from lowrank_geo.train.run import pretrain, resume
 
     return pretrain, resume
@@ -46,6 +44,8 @@ app.command(
 @config_options("tokenizer", "vocab_size", "model", "budget", "rank", "ratio", "init", "context")
 def plan_command(*, debug: Debug = False, **options: Any) -> None:
     """Show which layer pretrain would give which rank, and the exact number of parameters."""
+    from lowrank_geo.train.parts import plan_of
+
     with refusals(debug):
         typer.echo(str(plan_of(TrainConfig(**options))))
 
@@ -76,6 +76,9 @@ def generate_command(
     debug: Debug = False,
 ) -> None:
     """Continue a prompt with the model of a run."""
+    from lowrank_geo.generation import continue_text
+    from lowrank_geo.train.parts import load_model
+
     with refusals(debug):
         model, tokenizer = load_model(run)
         sampling = {"count": tokens, "temperature": temperature, "top_k": top_k, "seed": seed}

@@ -50,7 +50,9 @@ class Display:
             self.console.print(f"passed over: {note}")
         self.console.print(summary(line["plan"]))
         if line["step"]:
-            self.console.print(f"resumed at step {line['step']}")
+            self.console.print(f"resumed at step {line['step']} of {line['steps']}")
+        if line["step"] == line["steps"]:
+            return
         self.task = self.progress.add_task(
             "training", total=line["steps"], completed=line["step"], loss=float("nan"), speed=""
         )

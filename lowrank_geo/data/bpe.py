@@ -53,8 +53,10 @@ class BPETokenizer(Tokenizer):
             )
         library = _library()
         encoder = _byte_level(library.models.BPE())
+        texts = list(texts)
+        reachable = BYTES + 1 + sum(map(len, texts))  # no text has more pairs than letters
         trainer = library.trainers.BpeTrainer(
-            vocab_size=vocab_size - 1,
+            vocab_size=min(vocab_size, reachable) - 1,
             initial_alphabet=library.pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )

@@ -98,16 +98,37 @@ def load_model(run: Path) -> tuple[Decoder, Tokenizer]:
     return filled(model, checkpoint.load(found).model), load_tokenizer(run)
 
 
+def check_described(record: dict[str, Any], config: TrainConfig, vocab_size: int) -> None:
+    """Raise ValueError unless the config of a run.json asks for the model that it describes: before that is made."""
+    asked = empty_model(config, vocab_size).config
+    if model_config(record) != asked:
+        raise ValueError(
+            f"--resume needs a run.json whose config asks for its model, got --model {config.model} of width "
+            f"{asked.width} and {asked.layers} layers; it is damaged, start a new run"
+        )
+
+
+def model_config(record: dict[str, Any]) -> DecoderConfig:
+    """The decoder of a run.json.
+
+    Raises: ValueError if it describes none.
+    """
+    try:
+        return DecoderConfig(**record["model"])
+    except TypeError as error:
+        raise ValueError(f"run.json needs a model, got a damaged one: {error}") from error
+
+
 def described_model(record: dict[str, Any], path: Path) -> Decoder:
     """The converted model that a run.json describes, without memory: on the meta device.
 
     Raises: ValueError if it describes none, or one that the checkpoint at `path` does not fit.
     """
+    config = model_config(record)
     try:
-        config = DecoderConfig(**record["model"])
         plan = Plan.from_json(record["plan"])
     except TypeError as error:
-        raise ValueError(f"run.json needs a model and a plan, got damaged ones: {error}") from error
+        raise ValueError(f"run.json needs a plan, got a damaged one: {error}") from error
     tensors = len(checkpoint.shapes(path))
     if config.layers > tensors:  # before a module is made for each
         raise ValueError(

@@ -13,7 +13,7 @@ from lowrank_geo.train.config import PER_MACHINE, TrainConfig
 from lowrank_geo.train.distributed import Workers, joined
 from lowrank_geo.train.loop import deterministic, loop
 from lowrank_geo.train.metrics import Listener
-from lowrank_geo.train.parts import Data, described_model, new_model, read_data
+from lowrank_geo.train.parts import Data, check_described, described_model, new_model, read_data
 from lowrank_geo.train.recorder import Recorder, describe, finish
 from lowrank_geo.train.run_folder import RunFolder, check_out, read_complete_record
 from lowrank_geo.train.signals import Wish, stop_signals
@@ -81,6 +81,7 @@ def restored(
     found = checkpoint.newest(out / "checkpoints")
     if found:
         described_model(record, found.path)
+    check_described(record, config, data.tokenizer.vocab_size)
     trainer = Trainer(config, new_model(config, data.tokenizer.vocab_size), data, workers)
     if found is None:
         return trainer, []

@@ -24,7 +24,10 @@ def read_record(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(
             f"a run needs a folder with a run.json, got {path}; name one that pretrain, segment or classify made"
         )
-    record = read_json(marker)
+    try:
+        record = read_json(marker)
+    except ValueError as error:
+        raise ValueError(f"{error}; restore it, or start a new run") from error
     if record.get("format") != FORMAT or record.get("version") != VERSION:
         raise ValueError(
             f"{marker} needs to be of format {FORMAT!r}, version {VERSION}, got {record.get('format')!r}, "
@@ -105,9 +108,14 @@ class RunFolder:
         Raises: FileExistsError if the place is taken; BlockingIOError if a run to be deleted is in use.
         """
         check_out(path, overwrite=overwrite)
-        path.parent.mkdir(parents=True, exist_ok=True)
         new = path.with_name(f".{path.name}.new-{os.getpid()}")
-        new.mkdir()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            new.mkdir()
+        except OSError as error:
+            raise OSError(
+                f"a run needs a folder that can be made for --out, got {path} ({error.strerror}); choose another"
+            ) from error
         folder = cls(new, {"format": FORMAT, "version": VERSION, **record}, _lock(new))
         try:
             fill(new)
