@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lowrank_geo import geometry, param_groups
 from lowrank_geo.geometry import Point
-from lowrank_geo.layers import LowRankLayer
+from lowrank_geo.lowrank_layer import LowRankLayer
 from lowrank_geo.optim import AugmentedAdam, AugmentedHeavyBall, RiemannianSGD, reserve
 
 ROWS, COLUMNS, RANK, LONGEST, SEEDS = 50, 40, 5, 2000, 3

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lowrank_geo.functional import Gradient
 from lowrank_geo.geometry import Point
+from lowrank_geo.gradients import Gradient
 
 Product = Callable[[Tensor, Point, Gradient], Tensor]
 

@@ -13,7 +13,8 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import is_parametrized
 
 from lowrank_geo.conv_layers import LowRankConv2d
-from lowrank_geo.layers import LowRankLayer, LowRankLinear
+from lowrank_geo.layers import LowRankLinear
+from lowrank_geo.lowrank_layer import LowRankLayer
 
 # Output heads by their usual names: the same ratio of rank in all layers would give one of ten classes rank 1.
 DEFAULT_SKIP = ("lm_head", "head", "score", "fc", "classifier.6")

@@ -1,14 +1,14 @@
-"""The convolution whose kernel is a point W = U S Vᵀ; the rest of its behaviour is that of `layers.LowRankLayer`."""
+"""The convolution whose kernel is a point W = U S Vᵀ; the rest is that of `lowrank_layer.LowRankLayer`."""
 
 from typing import Any
 
 from torch import Tensor, nn
 
 from lowrank_geo.convolution import ConvGeometry, lowrank_conv2d
-from lowrank_geo.functional import Gradient
 from lowrank_geo.geometry import Point
+from lowrank_geo.gradients import Gradient
 from lowrank_geo.init import factorize
-from lowrank_geo.layers import LowRankLayer, detached
+from lowrank_geo.lowrank_layer import LowRankLayer, detached
 
 
 class LowRankConv2d(LowRankLayer):

@@ -10,7 +10,8 @@ from torch import nn
 from lowrank_geo.candidates import Candidate, find_candidates, hooked
 from lowrank_geo.geometry import to_dense as matrix_of
 from lowrank_geo.init import working_copy
-from lowrank_geo.layers import LowRankLayer, lowrank_layers
+from lowrank_geo.layers import lowrank_layers
+from lowrank_geo.lowrank_layer import LowRankLayer
 from lowrank_geo.plan import Entry, Plan, plan_ranks
 from lowrank_geo.replacement import dense, low_rank, model_dtype, swap, two_factors, weight_matrix
 

@@ -2,7 +2,7 @@
 unfolding it.
 
 The kernel, as an out_channels × (in_channels·kh·kw) matrix, is U S Vᵀ. Gradients have the two
-meanings of `lowrank_geo.functional`.
+meanings of `lowrank_geo.gradients`.
 """
 
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowrank_geo.functional import (
+from lowrank_geo.gradients import (
     GRADIENTS,
     Gradient,
     autocast,

@@ -7,20 +7,23 @@ of the Riemannian gradient P_T(∂L/∂W), from x and a = x V alone; S is never 
     G V = (∂L/∂y)ᵀ a      Gᵀ U = xᵀ b      M = UᵀG V = bᵀ a      ∂L/∂x = (b S) Vᵀ
 """
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from lowrank_geo import dispatch, reference
-from lowrank_geo.guard import refuse_derivative
+from lowrank_geo.gradients import (
+    GRADIENTS,
+    Gradient,
+    autocast,
+    keep,
+    no_autocast,
+    once,
+    refuse_forward_derivatives,
+)
 from lowrank_geo.reference import fold
-
-Gradient = Literal["factors", "tangent"]
-GRADIENTS: tuple[Gradient, ...] = ("factors", "tangent")
 
 
 def lowrank_linear(
@@ -101,17 +104,6 @@ def add_lowrank_linear(
     return torch.addmm(onto, a, left.mT, alpha=scale).reshape(y.shape)
 
 
-def autocast(x: Tensor) -> Tensor:
-    """x in the dtype that autocast would give a linear layer: float64 is left alone.
-
-    Shapes: (...) -> (...).
-    """
-    device = x.device.type
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
-        return x
-    return x.to(torch.get_autocast_dtype(device))
-
-
 class TangentLinear(torch.autograd.Function):
     """y = x V Sᵀ Uᵀ and a = x V, the only activation kept besides x; backward is its twin in `reference`.
 
@@ -168,56 +160,3 @@ class AddTangentLinear(torch.autograd.Function):
             with_x = ctx.needs_input_grad[1]
             grads = reference.lowrank_linear_backward(scaled, x, U, S, V, a, with_x)
         return g, *once("lowrank_linear", grads), None
-
-
-def keep(ctx: Any, inputs: tuple, a: Tensor) -> None:
-    """Save the inputs (x, U, S, V, ...) and a = x V, which gets no gradient of its own."""
-    ctx.mark_non_differentiable(a)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:4], a)
-
-
-def no_autocast(g: Tensor) -> AbstractContextManager:
-    """A backward pass inside autocast would round the gauge to its dtype."""
-    if torch.is_autocast_enabled(g.device.type):
-        return torch.autocast(g.device.type, enabled=False)
-    return nullcontext()
-
-
-class Once(torch.autograd.Function):
-    """The gradients themselves; their backward refuses, in the name of `call`."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(call: str, *gradients: Tensor) -> tuple[Tensor, ...]:
-        return tuple(g.view_as(g) for g in gradients)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        ctx.call = inputs[0]
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> None:
-        refuse_derivative(ctx.call, "second")
-
-
-def once(call: str, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    """Gradients that cannot be differentiated again."""
-    if not torch.is_grad_enabled():
-        return gradients
-    dx, *rest = gradients
-    if dx is None:
-        return None, *Once.apply(call, *rest)
-    return Once.apply(call, dx, *rest)
-
-
-def refuse_forward_derivatives(call: str, *inputs: Tensor) -> None:
-    """`refuse_derivative` if an input carries a forward-mode tangent.
-
-    Not as the `jvp` of the Function: torch.compile breaks the graph at one that has it.
-    """
-    if forward_ad._current_level < 0:
-        return
-    if any(forward_ad.unpack_dual(x).tangent is not None for x in inputs):
-        refuse_derivative(call, "forward")

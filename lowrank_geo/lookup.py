@@ -1,7 +1,7 @@
 """Rows of Wᵀ = V Sᵀ Uᵀ for given indices, or all of them: an embedding whose table is of fixed rank.
 
 A lookup is a linear layer on one-hot inputs x, so a = x V is V[indices] and xᵀ b adds the rows of b up by index.
-Gradients have the two meanings of `lowrank_geo.functional`.
+Gradients have the two meanings of `lowrank_geo.gradients`.
 """
 
 from typing import Any
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowrank_geo.functional import (
+from lowrank_geo.gradients import (
     GRADIENTS,
     Gradient,
     no_autocast,

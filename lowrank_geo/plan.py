@@ -9,7 +9,8 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from lowrank_geo.allocation import factored_size
 from lowrank_geo.candidates import DEFAULT_SKIP, Candidate, all_names, find_candidates, matches
-from lowrank_geo.layers import LowRankLayer, lowrank_layers
+from lowrank_geo.layers import lowrank_layers
+from lowrank_geo.lowrank_layer import LowRankLayer
 from lowrank_geo.plan_format import Entry, Plan
 from lowrank_geo.ranking import Choice, Wish, choose
 

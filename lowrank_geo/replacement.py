@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from lowrank_geo.candidates import all_names
 from lowrank_geo.conv_layers import LowRankConv2d
 from lowrank_geo.geometry import to_dense
-from lowrank_geo.layers import LowRankLayer, LowRankLinear, lowrank_layers
+from lowrank_geo.layers import LowRankLinear, lowrank_layers
+from lowrank_geo.lowrank_layer import LowRankLayer
 
 
 class TwoFactors(nn.Sequential):

@@ -18,7 +18,8 @@ from torch import nn
 
 from lowrank_geo.architecture import CONFIG, GENERATION, build_architecture, record_architecture
 from lowrank_geo.geometry import Point
-from lowrank_geo.layers import check_orthonormal, lowrank_layers
+from lowrank_geo.layers import lowrank_layers
+from lowrank_geo.lowrank_layer import check_orthonormal
 from lowrank_geo.plan import current_plan
 from lowrank_geo.saved_files import (
     DIGEST,

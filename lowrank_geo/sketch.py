@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_geo.geometry import Point
-from lowrank_geo.layers import LowRankLayer, lowrank_layers
+from lowrank_geo.layers import lowrank_layers
+from lowrank_geo.lowrank_layer import LowRankLayer
 
 Probes = list[tuple[Tensor, Tensor]]  # (count, m), (count, n) of each matrix
 

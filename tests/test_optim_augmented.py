@@ -9,7 +9,8 @@ from optimizer_list import Net, backward, run, snapshot, states
 from torch._dynamo.utils import counters
 
 from lowrank_geo import diagnostics
-from lowrank_geo.layers import LowRankLayer, LowRankLinear, lowrank_layers
+from lowrank_geo.layers import LowRankLinear, lowrank_layers
+from lowrank_geo.lowrank_layer import LowRankLayer
 from lowrank_geo.optim import (
     AugmentedAdam,
     AugmentedHeavyBall,

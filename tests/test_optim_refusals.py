@@ -154,6 +154,22 @@ def test_refuses_layers_in_factors_mode(net):
         optimizer.step()
 
 
+@pytest.mark.parametrize("frozen", "USV")
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_refuses_a_layer_that_was_half_frozen_later(frozen, wrapped):
+    layer = LowRankLinear(5, 4, 2)
+    optimizer = RiemannianSGD(param_groups(layer, lr=0.1), momentum=0)
+    if wrapped:
+        optimizer = ScheduleFree(optimizer)
+        optimizer.train()
+    getattr(layer, frozen).requires_grad_(False)
+    layer(torch.ones(3, 5)).sum().backward()
+    before = copy.deepcopy(layer.state_dict())
+    with pytest.raises(RuntimeError, match=f"got none of {frozen} for a 4x5 layer"):
+        optimizer.step()
+    assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
+
+
 def test_a_refused_group_is_not_added(net):
     optimizer = RiemannianSGD(param_groups(net))
     count = len(optimizer.param_groups)

@@ -14,7 +14,8 @@ from lowrank_geo.geometry import Point, Tangent
 from lowrank_geo.optim import euclidean
 from lowrank_geo.optim.checks import check_group, check_state, geometry_of
 from lowrank_geo.optim.copies import mark, with_marks
-from lowrank_geo.optim.groups import by_shape, check_gradient, counts, points_of
+from lowrank_geo.optim.groups import by_shape, counts, gradients, points_of, with_gradients
+from lowrank_geo.optim.stacks import stack, stack_flat, store
 from lowrank_geo.optim.step import Rule, propose, take
 from lowrank_geo.optim.values import check_keys
 
@@ -133,7 +134,7 @@ class RiemannianOptimizer(Optimizer):
 
     def _buckets(self, group: dict[str, Any]) -> Iterator[list[Point]]:
         """The triples with a gradient, by shape, dtype and device."""
-        points = [point for point in points_of(group) if point.S.grad is not None]
+        points = with_gradients(points_of(group))
         for point in points:
             if not guard.is_marked(point.U):
                 raise RuntimeError(
@@ -228,33 +229,3 @@ class RiemannianOptimizer(Optimizer):
             self.state[parameter] = {
                 name: value.detach().to(parameter.device).clone() for name, value in saved.items()
             }
-
-
-def gradients(group: dict[str, Any], params: Iterable[Tensor]) -> list[Tensor]:
-    """What to descend along: the gradients, or their negatives."""
-    grads = [check_gradient(p) for p in params]
-    return list(torch._foreach_neg(grads)) if group["maximize"] else grads
-
-
-def stack(tensors: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
-    """A batch of one without a copy, a stack of many.
-
-    Shapes: L tensors (...) -> (L, ...).
-    """
-    return tensors[0].detach()[None] if len(tensors) == 1 else torch.stack(list(tensors)).detach()
-
-
-def store(targets: list[Tensor], batch: Tensor) -> None:
-    """The parts of a batch, copied into tensors of their own: the inverse of `stack`.
-
-    Shapes: L tensors (...), batch (L, ...).
-    """
-    torch._foreach_copy_(targets, list(batch.unbind()))
-
-
-def stack_flat(gradient: Tangent, index: int) -> Tensor:
-    """Everything in one matrix's gradient.
-
-    Shapes: a batched tangent -> (mr + r² + nr).
-    """
-    return torch.cat([part[index].flatten() for part in gradient])

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_geo import guard
-from lowrank_geo.functional import Gradient
 from lowrank_geo.geometry import Point
-from lowrank_geo.layers import check_orthonormal, lowrank_layers
+from lowrank_geo.gradients import Gradient
+from lowrank_geo.layers import lowrank_layers
+from lowrank_geo.lowrank_layer import check_orthonormal
 
 GEOMETRIES = ("fixed_rank", "matrix", "euclidean")
 
@@ -138,6 +139,24 @@ def by_shape(points: Iterable[Point]) -> Iterator[list[Point]]:
     return iter(buckets.values())
 
 
+def with_gradients(points: Iterable[Point]) -> list[Point]:
+    """The triples that have gradients.
+
+    Raises: RuntimeError if one has some of its three: there is no step for a part of a point.
+    """
+    found = []
+    for point in points:
+        missing = [n for n, p in zip("USV", point, strict=True) if p.grad is None]
+        if 0 < len(missing) < 3:
+            raise RuntimeError(
+                f"a step needs gradients of all of U, S, V of a layer, got none of {', '.join(missing)} for a "
+                f"{point.U.shape[0]}x{point.V.shape[0]} layer; freeze or train the whole layer"
+            )
+        if not missing:
+            found.append(point)
+    return found
+
+
 def check_gradient(parameter: Tensor) -> Tensor:
     """The gradient of a parameter.
 
@@ -152,6 +171,12 @@ def check_gradient(parameter: Tensor) -> Tensor:
             f"{tuple(parameter.shape)}; use nn.Embedding(sparse=False) or another optimizer"
         )
     return gradient
+
+
+def gradients(group: dict[str, Any], params: Iterable[Tensor]) -> list[Tensor]:
+    """What to descend along: the gradients, or their negatives."""
+    grads = [check_gradient(p) for p in params]
+    return list(torch._foreach_neg(grads)) if group["maximize"] else grads
 
 
 def counts(lr: float | Tensor, gradients: Iterable[Tensor]) -> list[Tensor] | None:

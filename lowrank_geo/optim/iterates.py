@@ -9,8 +9,8 @@ from torch import Tensor
 
 from lowrank_geo.geometry import Point, Tangent, inner, project_factors, transport
 from lowrank_geo.optim.averaging import Average
-from lowrank_geo.optim.base import stack, stack_flat
-from lowrank_geo.optim.groups import by_shape, check_gradient, counts, points_of
+from lowrank_geo.optim.groups import by_shape, check_gradient, counts, points_of, with_gradients
+from lowrank_geo.optim.stacks import stack, stack_flat
 from lowrank_geo.optim.weights import FRESH, Weights
 
 Group = dict[str, Any]
@@ -131,7 +131,7 @@ def triples(group: Group, *, active: bool = False) -> list[list[Point]]:
     if group["geometry"] != "fixed_rank":
         return []
     points = points_of(group)
-    return list(by_shape(p for p in points if not active or p.S.grad is not None))
+    return list(by_shape(with_gradients(points) if active else points))
 
 
 def flats(group: Group, *, active: bool = False) -> list[Tensor]:

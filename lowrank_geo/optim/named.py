@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lowrank_geo.functional import Gradient
+from lowrank_geo.gradients import Gradient
 from lowrank_geo.optim.adam import RiemannianAdam
 from lowrank_geo.optim.augmented import AugmentedAdam, AugmentedHeavyBall
 from lowrank_geo.optim.base import RiemannianOptimizer

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from lowrank_geo.branches import Branch
 from lowrank_geo.geometry import Point
-from lowrank_geo.layers import LowRankLayer, lowrank_layers
+from lowrank_geo.layers import lowrank_layers
+from lowrank_geo.lowrank_layer import LowRankLayer
 
 
 class SecondPoints:

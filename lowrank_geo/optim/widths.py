@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_geo.geometry import Point
-from lowrank_geo.layers import LowRankLayer, lowrank_layers
+from lowrank_geo.layers import lowrank_layers
+from lowrank_geo.lowrank_layer import LowRankLayer
 from lowrank_geo.optim.augmentation import used_rank
 from lowrank_geo.optim.values import check_number
 

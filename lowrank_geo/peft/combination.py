@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lowrank_geo.geometry import Point
-from lowrank_geo.layers import LowRankLayer
+from lowrank_geo.lowrank_layer import LowRankLayer
 from lowrank_geo.peft.layer import FixedRankLayer
 
 COMBINATIONS = ("svd", "cat")

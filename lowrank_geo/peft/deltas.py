@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from lowrank_geo.conv_layers import LowRankConv2d
 from lowrank_geo.geometry import Point
 from lowrank_geo.geometry import to_dense as dense
-from lowrank_geo.layers import LowRankLayer, LowRankLinear
+from lowrank_geo.layers import LowRankLinear
 from lowrank_geo.lookup import lowrank_embedding
+from lowrank_geo.lowrank_layer import LowRankLayer
 from lowrank_geo.peft.blocks import Blocks
 
 

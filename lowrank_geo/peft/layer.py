@@ -12,7 +12,8 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from lowrank_geo.layers import LowRankLayer, LowRankLinear
+from lowrank_geo.layers import LowRankLinear
+from lowrank_geo.lowrank_layer import LowRankLayer
 from lowrank_geo.peft.adapter import Adapter, check_fits
 from lowrank_geo.peft.deltas import (
     kind_of,

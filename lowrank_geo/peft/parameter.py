@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lowrank_geo.geometry import Point
-from lowrank_geo.layers import LowRankLayer
 from lowrank_geo.lookup import lowrank_embedding
+from lowrank_geo.lowrank_layer import LowRankLayer
 from lowrank_geo.peft.adapter import Adapter, check_fits
 from lowrank_geo.peft.deltas import layers_of
 from lowrank_geo.peft.initial import STARTS

@@ -8,7 +8,8 @@ from torch.optim import Optimizer
 from transformers import TrainerCallback
 
 from lowrank_geo.diagnostics import drift, singular_values
-from lowrank_geo.layers import LowRankLayer, lowrank_layers
+from lowrank_geo.layers import lowrank_layers
+from lowrank_geo.lowrank_layer import LowRankLayer
 from lowrank_geo.optim import OPTIMIZERS, param_groups
 
 HEADS = ("lm_head", "embed", "classifier", "score", "pooler", "modules_to_save")

@@ -1,0 +1,30 @@
+"""Matrices of one shape as one batch, and back."""
+
+import torch
+from torch import Tensor
+
+from lowrank_geo.geometry import Tangent
+
+
+def stack(tensors: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
+    """A batch of one without a copy, a stack of many.
+
+    Shapes: L tensors (...) -> (L, ...).
+    """
+    return tensors[0].detach()[None] if len(tensors) == 1 else torch.stack(list(tensors)).detach()
+
+
+def store(targets: list[Tensor], batch: Tensor) -> None:
+    """The parts of a batch, copied into tensors of their own: the inverse of `stack`.
+
+    Shapes: L tensors (...), batch (L, ...).
+    """
+    torch._foreach_copy_(targets, list(batch.unbind()))
+
+
+def stack_flat(gradient: Tangent, index: int) -> Tensor:
+    """Everything in one matrix's gradient.
+
+    Shapes: a batched tangent -> (mr + r² + nr).
+    """
+    return torch.cat([part[index].flatten() for part in gradient])
