@@ -30,6 +30,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lowrank_geo import lowrank_layers
+from lowrank_geo.optim import LoRAPreconditioned, RiemannianAdam, scaled_lora
 
 HEADER = ["method", "M parameters", "step, ms", "forward+backward, ms", "step/(f+b)", "/dense Muon"]
 CONTEXT = 256
@@ -74,12 +75,12 @@ def geoopt_stiefel(task: Task, rank: int) -> Contender:
     return Contender(model, [geoopt.optim.RiemannianAdam(model.parameters(), lr=1e-4)])
 
 
-def peft_riemannian(task: Task, rank: int) -> Contender:
-    """PEFT's preconditioned LoRA: factors of the same shapes, as adapters beside the frozen dense blocks."""
+def lora(task: Task, rank: int, *, build: Callable[..., Optimizer]) -> Contender:
+    """LoRA: factors of the same shapes, as adapters beside the frozen dense blocks."""
     names = ["q", "k", "v", "o", "gate", "up", "down"]
     config = LoraConfig(r=rank, target_modules=names, init_lora_weights=False)
     model = inject_adapter_in_model(config, lm.dense(task, 0))
-    return Contender(model, [create_riemannian_optimizer(model, torch.optim.AdamW, lr=1e-4)])
+    return Contender(model, [build(model, lr=1e-4)])
 
 
 CONTENDERS: dict[str, Build] = {
@@ -92,7 +93,14 @@ CONTENDERS: dict[str, Build] = {
         riemannian, build=lm.riemannian_adam, metric="product"
     ),
     "geoopt RiemannianAdam on Stiefel": geoopt_stiefel,
-    "PEFT create_riemannian_optimizer": peft_riemannian,
+    "PEFT create_riemannian_optimizer": partial(
+        lora, build=partial(create_riemannian_optimizer, optimizer_cls=torch.optim.AdamW)
+    ),
+    "LoRA, scaled_lora": partial(lora, build=scaled_lora),
+    "LoRA, LoRAPreconditioned with RiemannianAdam": partial(
+        lora, build=partial(LoRAPreconditioned, optimizer_cls=RiemannianAdam)
+    ),
+    "LoRA, LoRAPreconditioned with RiemannianMuon": partial(lora, build=LoRAPreconditioned),
     "two factors, AdamW": partial(factors, build=lm.adamw),
     "two factors, Muon": partial(factors, build=lm.muon),
     "dense, AdamW": partial(dense, build=lm.adamw),

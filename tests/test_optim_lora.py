@@ -18,7 +18,8 @@ from lowrank_geo.optim import (
     RiemannianSGD,
     param_groups,
 )
-from lowrank_geo.optim.lora import divided, lora_pairs
+from lowrank_geo.optim.lora_gradients import divided, give_gradients
+from lowrank_geo.optim.lora_pairs import lora_pairs
 
 peft = pytest.importorskip("peft")
 
@@ -92,8 +93,6 @@ def test_the_gradient_given_is_the_projection_of_the_dense_one():
     linear = model.base_model.model[0].base_layer
     linear.weight.requires_grad_()
     (model(x) - y).square().mean().backward()
-    from lowrank_geo.optim.lora import give_gradients
-
     pair = optimizer.pairs[0]
     give_gradients([pair], 1e-9)
     point = Point(*(p.detach() for p in pair.point))

@@ -11,6 +11,7 @@ from lowrank_geo.optim.lora import LoRAPreconditioned
 from lowrank_geo.optim.muon import RiemannianMuon
 from lowrank_geo.optim.named import OPTIMIZERS, build
 from lowrank_geo.optim.polyak import Polyak
+from lowrank_geo.optim.scaled_lora import scaled_lora
 from lowrank_geo.optim.schedule_free import ScheduleFree
 from lowrank_geo.optim.sgd import RiemannianSGD
 from lowrank_geo.optim.sign import RiemannianLion, RiemannianSignum
@@ -34,5 +35,6 @@ __all__ = [
     "filters",
     "param_groups",
     "reserve",
+    "scaled_lora",
     "schedules",
 ]

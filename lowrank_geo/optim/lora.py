@@ -1,35 +1,21 @@
-"""Steps on the manifold for plain LoRA adapters, whose parameters are two factors B and A.
+"""Steps on the manifold for plain LoRA adapters, whose parameters are two factors B and A."""
 
-With W = s B A = U S Vᵀ, A = Vᵀ and s B = U S, the gradients of the factors are ∂L/∂B = s G V and ∂L/∂A = (Gᵀ U S)ᵀ.
-The first gives G V as it is. The second is divided by S, damped, where S is small: there Vp is shortened, and at B = 0
-only U and S move, as in LoRA itself.
-"""
-
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lowrank_geo import guard
-from lowrank_geo.geometry import Point, project_factors
 from lowrank_geo.optim.base import RiemannianOptimizer
 from lowrank_geo.optim.copies import attributes
 from lowrank_geo.optim.groups import by_shape
+from lowrank_geo.optim.lora_gradients import give_gradients
+from lowrank_geo.optim.lora_pairs import Pair, lora_pairs, write, written
 from lowrank_geo.optim.muon import RiemannianMuon
-from lowrank_geo.orthonormal import orthonormalize
 
 RATES = ("lr", "weight_decay")
-
-
-class Pair(NamedTuple):
-    """The factors of one adapter and the point that they are."""
-
-    B: nn.Parameter  # (m, r)
-    A: nn.Parameter  # (r, n)
-    scaling: float
-    point: Point
 
 
 class LoRAPreconditioned(Optimizer):
@@ -152,85 +138,3 @@ class LoRAPreconditioned(Optimizer):
             group.update({key: value for key, value in saved.items() if key != "params"})
         for pair in self.pairs:
             write(pair)
-
-
-def lora_pairs(model: nn.Module) -> Iterator[Pair]:
-    """The trained pairs of matrices of PEFT's LoRA layers, found by their names: PEFT need not be installed.
-
-    Raises: ValueError for DoRA.
-    """
-    for name, module in model.named_modules():
-        layer: Any = module
-        downs, ups = getattr(layer, "lora_A", None), getattr(layer, "lora_B", None)
-        if not isinstance(downs, nn.ModuleDict) or not isinstance(ups, nn.ModuleDict):
-            continue
-        for adapter in downs:
-            A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-            if A.dim() != 2 or not (A.requires_grad and B.requires_grad):
-                continue
-            if getattr(layer, "use_dora", {}).get(adapter, False):
-                raise ValueError(
-                    f"LoRAPreconditioned needs plain LoRA, got DoRA at {name!r}; train DoRA with torch.optim.AdamW"
-                )
-            yield Pair(B, A, float(layer.scaling[adapter]), point_of(B, A, layer.scaling[adapter]))
-
-
-@torch.no_grad()
-def point_of(B: Tensor, A: Tensor, scaling: float) -> Point:
-    """s B A as a point of parameters of its own.
-
-    Shapes: B (m, r), A (r, n) -> `Point`.
-    """
-    dtype = torch.promote_types(A.dtype, torch.float32)
-    B, A = B.detach().to(dtype) * scaling, A.detach().to(dtype)
-    V, R = torch.linalg.qr(A.mT)  # A = Rᵀ Vᵀ
-    K = B @ R.mT  # s B A = K Vᵀ
-    # The same on every process: where B = 0 this is what U starts as.
-    drawn = torch.randn(K.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    U = orthonormalize(K, torch.linalg.qr(drawn)[0].to(K))
-    return Point(*(nn.Parameter(x.contiguous()) for x in (U, U.mT @ K, V)))
-
-
-def written(pair: Pair) -> Pair:
-    """The pair after `write`."""
-    write(pair)
-    return pair
-
-
-@torch.no_grad()
-def write(pair: Pair) -> None:
-    """Make the factors those of the point: A = Vᵀ, B = U S / s."""
-    pair.A.copy_(pair.point.V.mT)
-    pair.B.copy_(pair.point.U @ pair.point.S / pair.scaling)
-
-
-def give_gradients(pairs: Iterable[Pair], damping: float) -> None:
-    """Set the gradients of the points, of one shape, from those of their factors: tangent coordinates."""
-    pairs = list(pairs)
-    point = Point(
-        *(
-            torch.stack([x.detach() for x in column])
-            for column in zip(*(p.point for p in pairs), strict=True)
-        )
-    )
-    scaling = torch.tensor([p.scaling for p in pairs]).to(point.S)[:, None, None]
-    gB = torch.stack([p.B.grad.to(point.S.dtype) for p in pairs])  # type: ignore[union-attr]
-    gA = torch.stack([p.A.grad.to(point.S.dtype) for p in pairs])  # type: ignore[union-attr]
-    found = project_factors(point, gB / scaling, divided(gA.mT, point.S, damping))
-    for index, pair in enumerate(pairs):
-        for part, gradient in zip(pair.point, found, strict=True):
-            part.grad = gradient[index]
-
-
-def divided(KS: Tensor, S: Tensor, damping: float) -> Tensor:
-    """K from K S, as K S Sᵀ (S Sᵀ + ε²I)⁻¹ with ε = damping · |S|_F / √r; 0 where S = 0.
-
-    Shapes: KS (L, n, r), S (L, r, r) -> (L, n, r).
-    """
-    r = S.shape[-1]
-    square = S @ S.mT
-    mean = torch.diagonal(square, dim1=-2, dim2=-1).mean(-1)[:, None, None]
-    shift = torch.where(mean > 0, damping**2 * mean, 1.0)
-    identity = torch.eye(r, dtype=S.dtype, device=S.device)
-    L, _ = torch.linalg.cholesky_ex(square + shift * identity)
-    return torch.cholesky_solve((KS @ S.mT).mT, L).mT
