@@ -21,7 +21,8 @@ from transformers.utils import logging
 from lowrank_geo.finetune.config import FinetuneConfig
 from lowrank_geo.finetune.examples import load_examples
 from lowrank_geo.finetune.methods import METHODS
-from lowrank_geo.finetune.run import Collator, Tokens, base_model
+from lowrank_geo.finetune.run import base_model
+from lowrank_geo.finetune.tokens import Collator, Tokens
 
 STEPS, WARMUP = 12, 2
 CONTENDERS = {

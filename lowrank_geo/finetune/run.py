@@ -1,8 +1,6 @@
 """One fine-tuning run with Hugging Face's Trainer, and a table of several methods."""
 
 import gc
-import json
-import math
 import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -10,12 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    DataCollatorWithPadding,
     PrinterCallback,
     Trainer,
     TrainingArguments,
@@ -26,43 +22,11 @@ from lowrank_geo.finetune.config import FinetuneConfig, model_path
 from lowrank_geo.finetune.examples import Examples, load_examples
 from lowrank_geo.finetune.memory import peak_bytes, reset_peak
 from lowrank_geo.finetune.methods import Allocation, method_named
-from lowrank_geo.peft import RankCallback, export_lora
+from lowrank_geo.finetune.saving import save
+from lowrank_geo.finetune.tokens import Collator, Tokens
+from lowrank_geo.peft import RankCallback
 
 TASK_TYPES = {"seq-cls": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}
-
-
-class Tokens(Dataset):
-    """Tokenised examples; for language models the labels are the tokens themselves."""
-
-    def __init__(self, rows: list[tuple[str, int]], tokenizer: Any, config: FinetuneConfig) -> None:
-        texts = [text for text, _ in rows]
-        found = tokenizer(texts, truncation=True, max_length=config.length)
-        self.rows = [
-            {"input_ids": ids, "attention_mask": mask}
-            for ids, mask in zip(found["input_ids"], found["attention_mask"], strict=True)
-        ]
-        if config.task == "seq-cls":
-            for row, (_, label) in zip(self.rows, rows, strict=True):
-                row["labels"] = label
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.rows[index]
-
-
-class Collator:
-    """Pads a batch; for language models padding is no target."""
-
-    def __init__(self, tokenizer: Any, task: str) -> None:
-        self.pad, self.task = DataCollatorWithPadding(tokenizer), task
-
-    def __call__(self, rows: list[dict[str, Any]]) -> Any:
-        batch = self.pad(rows)
-        if self.task == "causal-lm":
-            batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-        return batch
 
 
 def base_model(config: FinetuneConfig, examples: Examples) -> tuple[nn.Module, Any]:
@@ -178,33 +142,6 @@ def arguments(config: FinetuneConfig, scratch: str) -> TrainingArguments:
 def count(parameters: Any) -> int:
     """How many numbers parameters hold."""
     return sum(p.numel() for p in parameters)
-
-
-def save(
-    model: Any,
-    tokenizer: Any,
-    out: Path,
-    method: str,
-    result: dict[str, Any],
-    logs: list[dict[str, Any]],
-) -> None:
-    """Write the adapter, the same as plain LoRA, the tokenizer, and what was measured."""
-    model.save_pretrained(out / "adapter")
-    tokenizer.save_pretrained(out / "adapter")
-    if method == "fixed-rank":
-        export_lora(model, out / "lora")
-    (out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
-    (out / "log.jsonl").write_text("".join(json.dumps(plain(line)) + "\n" for line in logs))
-
-
-def plain(line: dict[str, Any]) -> dict[str, Any]:
-    """A line of the log in numbers that JSON has."""
-    found = {
-        key: value.item() if isinstance(value, Tensor) else value for key, value in line.items()
-    }
-    return {
-        k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in found.items()
-    }
 
 
 def compare(

@@ -12,7 +12,8 @@ from torch import nn
 from lowrank_geo.peft.adapter import Adapter
 from lowrank_geo.peft.combination import combine_layers
 from lowrank_geo.peft.config import FixedRankConfig
-from lowrank_geo.peft.layer import FixedRankLayer, layer_class
+from lowrank_geo.peft.layer import FixedRankLayer
+from lowrank_geo.peft.layer_kinds import layer_class
 from lowrank_geo.peft.parameter import ParamWrapper
 from lowrank_geo.peft.quantized import quantization_of
 from lowrank_geo.peft.register import PREFIX
