@@ -21,7 +21,7 @@ from transformers.utils import logging
 from lowrank_geo.finetune.config import FinetuneConfig
 from lowrank_geo.finetune.examples import load_examples
 from lowrank_geo.finetune.methods import METHODS
-from lowrank_geo.finetune.run import base_model
+from lowrank_geo.finetune.models import base_model
 from lowrank_geo.finetune.tokens import Collator, Tokens
 
 STEPS, WARMUP = 12, 2

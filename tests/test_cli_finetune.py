@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import pytest
 import torch
@@ -195,7 +196,12 @@ def test_a_quarter_is_held_out_and_nothing_is_in_both(folder):
         (["--compare", "magic"], "method needs to be one of fixed-rank, lora"),
         (["--optimizer", "magic"], "needs name to be one of adam"),
         (["--steps", "0"], "steps needs to be at least 1, got 0"),
-        (["--targets", "nothing"], "No modules were targeted for adaptation"),
+        (["--targets", "query,valeu"], "got 'valeu', which this model does not have; use some of"),
+        (["--targets", " ,"], "targets needs all-linear or names of layers, got ' ,'"),
+        (["--seed", "-1"], "seed needs to be in [0, 2³²), got -1"),
+        (["--length", "100000"], "length needs to be at most 512, the positions of this model"),
+        (["--model", "/no/folder"], "--model needs a folder or hub name with a configuration"),
+        (["--lr", "1e30"], "finetune needs a loss that stays finite, got nan; pass a smaller --lr"),
         (["--r", "99"], "`r` should be a positive integer value not larger than 32"),
     ],
 )
@@ -212,13 +218,51 @@ def test_bad_input_is_one_sentence(folder, options, sentence):
         ('{"text": "red"}\n', "row 1 of .* needs 'label', got none"),
         ('{"label": "red"}\n', "row 1 of .* needs 'text', got none"),
         ('{"text": "red", "label": "a"}\n' * 4, "needs two labels or more, got 1"),
-        ("not json\n", "Expecting value"),
+        ("\nnot json\n", "line 2 of .* needs to be JSON, got 'not json'; correct or remove it"),
     ],
 )
 def test_rows_without_what_is_needed_are_refused(text, sentence, tmp_path):
     (tmp_path / "rows.jsonl").write_text(text)
     with pytest.raises(ValueError, match=sentence):
         load_examples(str(tmp_path / "rows.jsonl"), "seq-cls")
+
+
+def test_files_that_are_no_text_are_refused_and_all_that_is_text_is_read(tmp_path):
+    (tmp_path / "rows.csv").write_bytes(b"text,label\n\xff,a\n")
+    with pytest.raises(ValueError, match="--data needs text in UTF-8, got byte 0xff at 11"):
+        load_examples(str(tmp_path / "rows.csv"), "seq-cls")
+    (tmp_path / "rows.csv").write_bytes('\ufefftext,label\r\n"two\nlines",a\r\nb,b\r\n'.encode())
+    found = load_examples(str(tmp_path / "rows.csv"), "seq-cls")
+    assert {text for text, _ in found.train + found.held_out} == {"two\nlines", "b"}
+    row = json.dumps({"text": "a\u2028b", "label": "a"}, ensure_ascii=False)
+    (tmp_path / "rows.jsonl").write_bytes(f'{row}\r\n{{"text": "c", "label": "b"}}\r\n'.encode())
+    found = load_examples(str(tmp_path / "rows.jsonl"), "seq-cls")
+    assert {text for text, _ in found.train + found.held_out} == {"a\u2028b", "c"}
+
+
+@pytest.mark.parametrize("damage", ["cut", "pickle", "config"])
+def test_a_model_that_cannot_be_read_is_one_sentence(folder, damage, tmp_path):
+    shutil.copytree(folder / "encoder", tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    if damage == "cut":
+        weights.write_bytes(weights.read_bytes()[:300])
+    elif damage == "pickle":
+        torch.save(load_file(weights), tmp_path / "model" / "pytorch_model.bin")
+        weights.unlink()
+    else:
+        (tmp_path / "model" / "config.json").write_text("{")
+    found = run("--model", tmp_path / "model", "--data", folder / "rows.jsonl", "--steps", 1)
+    assert found.exit_code == 2 and "weights in safetensors, got" in found.stderr, found.output
+    assert len(found.stderr.strip().splitlines()) == 1
+
+
+def test_where_results_go_is_checked_before_anything_runs(folder, tmp_path):
+    (tmp_path / "file").write_text("")
+    common = ["--model", folder / "encoder", "--data", folder / "rows.jsonl", "--steps", 1]
+    for options in ([], ["--compare", "lora", "--seeds", 1]):
+        found = run(*common, *options, "--out", tmp_path / "file")
+        assert found.exit_code == 2 and "needs an empty folder for --out" in found.stderr
+        assert "held-out loss" not in found.output
 
 
 def test_without_a_model_the_package_that_carries_one_is_named(monkeypatch):

@@ -1,6 +1,7 @@
 """What finetune shows: a line when a run ends, and the table of a comparison."""
 
 import json
+import math
 import statistics
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -41,6 +42,10 @@ def run_once(config: FinetuneConfig, out: Path | None, method: str) -> None:
     typer.echo(sentence(result))
     if out is not None:
         typer.echo(f"saved: {out}")
+    if not math.isfinite(result["loss"]):
+        raise ValueError(
+            f"finetune needs a loss that stays finite, got {result['loss']}; pass a smaller --lr"
+        )
 
 
 def sentence(result: dict[str, Any]) -> str:
@@ -61,7 +66,11 @@ def run_comparison(
 ) -> None:
     """Every method with every seed, then one table; the results go to `out`/comparison.jsonl if it is given."""
     from lowrank_geo.finetune.run import compare
+    from lowrank_geo.finetune.saving import check_empty, plain
 
+    methods = list(dict.fromkeys(name.strip() for name in methods))  # each once
+    if out is not None:
+        check_empty(out)
     if seeds < 1:
         raise ValueError(f"--seeds needs to be at least 1, got {seeds}; raise it")
     quiet()
@@ -72,7 +81,9 @@ def run_comparison(
     console.print(table)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        lines = [json.dumps({**result, "config": asdict(config)}) + "\n" for result in results]
+        lines = [
+            json.dumps({**plain(result), "config": asdict(config)}) + "\n" for result in results
+        ]
         (out / "comparison.jsonl").write_text("".join(lines))
         typer.echo(f"saved: {out}")
 

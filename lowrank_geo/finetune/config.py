@@ -34,10 +34,17 @@ class FinetuneConfig:
                 raise ValueError(
                     f"{name} needs to be at least 1, got {getattr(self, name)}; raise it"
                 )
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed needs to be in [0, 2³²), got {self.seed}; pass e.g. 0")
+        if not self.target_modules:
+            raise ValueError(
+                f"targets needs all-linear or names of layers, got {self.targets!r}; pass e.g. query,value"
+            )
 
     @property
     def target_modules(self) -> Any:
-        return self.targets if self.targets == "all-linear" else self.targets.split(",")
+        names = [name.strip() for name in self.targets.split(",") if name.strip()]
+        return names[0] if names == ["all-linear"] else names
 
 
 def model_path(name: str | None) -> str:

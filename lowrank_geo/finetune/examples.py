@@ -1,6 +1,7 @@
 """Examples to fine-tune on: texts with labels, or texts alone, split into train and held out."""
 
 import csv
+import io
 import json
 import random
 from collections.abc import Iterable
@@ -57,23 +58,7 @@ def read_rows(data: str, *, labelled: bool) -> Iterable[tuple[str, str]]:
 
     Raises: ValueError for a row without the fields, and for kinds of files that are not known.
     """
-    if data.startswith(PREFIX):
-        rows: Iterable[dict[str, Any]] = hub_rows(data)
-    else:
-        path = Path(data)
-        if path.suffix == ".txt":
-            rows = ({"text": line} for line in path.read_text("utf-8").splitlines() if line.strip())
-        elif path.suffix == ".jsonl":
-            rows = (
-                json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()
-            )
-        elif path.suffix == ".csv":
-            with path.open(newline="", encoding="utf-8") as file:
-                rows = list(csv.DictReader(file))
-        else:
-            raise ValueError(
-                f"--data needs a .jsonl, .csv or .txt file or {PREFIX}NAME, got {data!r}; convert the file"
-            )
+    rows = hub_rows(data) if data.startswith(PREFIX) else file_rows(data)
     wanted = ("text", "label") if labelled else ("text",)
     for number, row in enumerate(rows, 1):
         if missing := [
@@ -83,6 +68,46 @@ def read_rows(data: str, *, labelled: bool) -> Iterable[tuple[str, str]]:
                 f"row {number} of {data!r} needs {missing[0]!r}, got none; add the field to every row"
             )
         yield str(row["text"]), str(row["label"]) if labelled else ""
+
+
+def file_rows(data: str) -> Iterable[Any]:
+    """The rows of a file.
+
+    Raises: ValueError for kinds of files that are not known, and what is not text or not JSON.
+    """
+    path = Path(data)
+    if path.suffix not in (".txt", ".jsonl", ".csv"):
+        raise ValueError(
+            f"--data needs a .jsonl, .csv or .txt file or {PREFIX}NAME, got {data!r}; convert the file"
+        )
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"--data needs text in UTF-8, got byte {error.object[error.start]:#x} at {error.start} of {data!r}; "
+            "convert the file"
+        ) from error
+    if path.suffix == ".csv":
+        return csv.DictReader(io.StringIO(text, newline=""))
+    # str.splitlines would split at separators that JSON allows inside of strings.
+    lines = text.replace("\r\n", "\n").split("\n")
+    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if path.suffix == ".txt":
+        return [{"text": line} for _, line in numbered]
+    return [parsed(line, number, data) for number, line in numbered]
+
+
+def parsed(line: str, number: int, data: str) -> Any:
+    """One line of JSON.
+
+    Raises: ValueError if it is none.
+    """
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"line {number} of {data!r} needs to be JSON, got {line[:40]!r}; correct or remove it"
+        ) from error
 
 
 def hub_rows(data: str) -> Iterable[dict[str, Any]]:

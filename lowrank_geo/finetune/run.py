@@ -9,40 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
     PrinterCallback,
     Trainer,
     TrainingArguments,
     set_seed,
 )
 
-from lowrank_geo.finetune.config import FinetuneConfig, model_path
+from lowrank_geo.finetune.config import FinetuneConfig
 from lowrank_geo.finetune.examples import Examples, load_examples
 from lowrank_geo.finetune.memory import peak_bytes, reset_peak
 from lowrank_geo.finetune.methods import Allocation, method_named
-from lowrank_geo.finetune.saving import save
+from lowrank_geo.finetune.models import base_model, check_fits
+from lowrank_geo.finetune.saving import check_empty, save
 from lowrank_geo.finetune.tokens import Collator, Tokens
 from lowrank_geo.peft import RankCallback
 
 TASK_TYPES = {"seq-cls": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}
-
-
-def base_model(config: FinetuneConfig, examples: Examples) -> tuple[nn.Module, Any]:
-    """The pre-trained model, with a new head if the task needs one, and its tokenizer. Code of a hub is never run."""
-    path = model_path(config.model)
-    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    settings: dict[str, Any] = {"trust_remote_code": False, "use_safetensors": True}
-    if config.task == "causal-lm":
-        return AutoModelForCausalLM.from_pretrained(path, **settings), tokenizer
-    settings["num_labels"] = len(examples.labels)
-    model = AutoModelForSequenceClassification.from_pretrained(path, **settings)
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
-    return model, tokenizer
 
 
 def accuracy(prediction: Any) -> dict[str, float]:
@@ -75,11 +57,12 @@ def finetune(
     Raises: ValueError for unknown methods, tasks and optimizers, and data or adapters that do not fit.
     """
     chosen = method_named(method)
-    if out is not None and out.exists() and any(out.iterdir()):
-        raise ValueError(f"finetune needs an empty folder for --out, got {out}; name another")
+    if out is not None:
+        check_empty(out)
     examples = load_examples(config.data, config.task) if examples is None else examples
     set_seed(config.seed)
     model, tokenizer = base_model(config, examples)
+    check_fits(model, config)
     model = chosen.wrap(model, config, TASK_TYPES[config.task])
     optimizer = chosen.make(model, config, chosen.lr if config.lr is None else config.lr)
     with tempfile.TemporaryDirectory() as scratch:

@@ -10,6 +10,12 @@ from torch import Tensor
 from lowrank_geo.peft import export_lora
 
 
+def check_empty(out: Path) -> None:
+    """Raise ValueError unless `out` is an empty folder or not there yet."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"finetune needs an empty folder for --out, got {out}; name another")
+
+
 def save(
     model: Any,
     tokenizer: Any,
@@ -23,7 +29,7 @@ def save(
     tokenizer.save_pretrained(out / "adapter")
     if method == "fixed-rank":
         export_lora(model, out / "lora")
-    (out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    (out / "result.json").write_text(json.dumps(plain(result), indent=2) + "\n")
     (out / "log.jsonl").write_text("".join(json.dumps(plain(line)) + "\n" for line in logs))
 
 
