@@ -297,21 +297,3 @@ def test_all_linear_leaves_out_the_head(family):
         if isinstance(m, FixedRankLayer) and len(m.fixed_rank_r) == 2
     }
     assert again == adapted
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # dynamo's own
-@every_family
-def test_a_compiled_model_gives_the_same_loss_and_gradients(family):
-    model, inputs = wrapped(family), batch(family)
-    lowrank_geo.param_groups(model)
-    loss = model(**inputs).loss
-    loss.backward()
-    wanted = [p.grad.clone() for p in model.parameters() if p.requires_grad]
-    model.zero_grad()
-    compiled = torch.compile(model, backend="aot_eager")
-    again = compiled(**inputs).loss
-    again.backward()
-    assert torch.allclose(again, loss, atol=1e-5)
-    found = [p.grad for p in model.parameters() if p.requires_grad]
-    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found, wanted, strict=True))
