@@ -25,6 +25,7 @@ def two(family, **changes):
     return model, found
 
 
+@needs_peft(0, 20, "saves the adapter of the exact name alone")
 @every_family
 def test_several_saved_adapters_load_beside_each_other(family, tmp_path):
     model, wanted = two(family)
