@@ -100,6 +100,14 @@ def test_a_language_model_is_fine_tuned_on_lines(folder, tmp_path):
     assert result["loss"] < untouched["loss"] - 0.2 and "accuracy" not in result
 
 
+def test_a_rate_that_is_left_out_follows_the_optimizer():
+    found = {
+        name: METHODS["fixed-rank"].lr(FinetuneConfig(optimizer=name))
+        for name in ("muon", "muon-product", "sgd")
+    }
+    assert found == {"muon": 2.5e-3, "muon-product": 2e-2, "sgd": 0.075}
+
+
 @pytest.mark.parametrize("task", ["seq-cls", "causal-lm"])
 def test_accumulated_batches_are_one_large_batch(folder, task, tmp_path):
     kind = {"seq-cls": ("encoder", "rows.jsonl"), "causal-lm": ("decoder", "rows.txt")}[task]
@@ -194,7 +202,7 @@ def test_a_quarter_is_held_out_and_nothing_is_in_both(folder):
         (["--data", "missing.jsonl"], "No such file or directory: missing.jsonl"),
         (["--method", "magic"], "method needs to be one of fixed-rank, lora"),
         (["--compare", "magic"], "method needs to be one of fixed-rank, lora"),
-        (["--optimizer", "magic"], "needs name to be one of adam"),
+        (["--optimizer", "magic"], "optimizer needs to be one of adam"),
         (["--steps", "0"], "steps needs to be at least 1, got 0"),
         (["--targets", "query,valeu"], "got 'valeu', which this model does not have; use some of"),
         (["--targets", " ,"], "targets needs all-linear or names of layers, got ' ,'"),

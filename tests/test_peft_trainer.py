@@ -110,7 +110,7 @@ def test_ranks_and_spectra_are_in_the_logs(tmp_path):
 
 
 def test_what_the_trainer_cannot_give_is_refused():
-    with pytest.raises(ValueError, match="needs name to be one of adam, .*, got 'adan'"):
+    with pytest.raises(ValueError, match="optimizer needs to be one of adam, .*, got 'adan'"):
         optimizer_for(model(), "adan")
     with pytest.raises(ValueError, match="needs an optimizer that steps without the loss"):
         optimizer_for(model(), "schedule-free-polyak")

@@ -92,6 +92,17 @@ OPTIMIZERS: dict[str, Named] = {
 }
 
 
+def optimizer_named(name: str) -> Named:
+    """The optimizer called `name`.
+
+    Raises: ValueError for an unknown name.
+    """
+    if name not in OPTIMIZERS:
+        names = ", ".join(sorted(OPTIMIZERS))
+        raise ValueError(f"optimizer needs to be one of {names}, got {name!r}; use one of them")
+    return OPTIMIZERS[name]
+
+
 def build(
     name: str,
     model: nn.Module,
@@ -108,10 +119,7 @@ def build(
         run, for methods that follow it.
     Raises: ValueError for an unknown name.
     """
-    if name not in OPTIMIZERS:
-        names = ", ".join(sorted(OPTIMIZERS))
-        raise ValueError(f"optimizer needs to be one of {names}, got {name!r}; use one of them")
-    named = OPTIMIZERS[name]
+    named = optimizer_named(name)
     groups = param_groups(
         model,
         lr=named.lr if lr is None else lr,

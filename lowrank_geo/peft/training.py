@@ -10,7 +10,8 @@ from transformers import TrainerCallback
 from lowrank_geo.diagnostics import drift, singular_values
 from lowrank_geo.layers import lowrank_layers
 from lowrank_geo.lowrank_layer import LowRankLayer
-from lowrank_geo.optim import OPTIMIZERS, param_groups
+from lowrank_geo.optim import param_groups
+from lowrank_geo.optim.named import optimizer_named
 
 HEADS = ("lm_head", "embed", "classifier", "score", "pooler", "modules_to_save")
 
@@ -34,17 +35,12 @@ def optimizer_for(
     Raises: ValueError for an unknown name, a model without trained parameters, and Polyak's step sizes, which need the
         loss that Trainer keeps to itself.
     """
-    if name not in OPTIMIZERS:
-        known = ", ".join(sorted(OPTIMIZERS))
-        raise ValueError(
-            f"optimizer_for needs name to be one of {known}, got {name!r}; use one of them"
-        )
+    named = optimizer_named(name)
     if name.endswith("-polyak"):
         raise ValueError(
             f"optimizer_for needs an optimizer that steps without the loss, got {name!r}; Trainer does not pass it on, "
             "train with your own loop"
         )
-    named = OPTIMIZERS[name]
     groups = param_groups(
         model,
         lr=named.lr if lr is None else lr,
