@@ -3,8 +3,9 @@
 import pytest
 import torch
 from optimizer_list import Net, backward, run
+from torch import nn
 
-from lowrank_geo import diagnostics, optim
+from lowrank_geo import convert, diagnostics, lowrank_layers, optim
 from lowrank_geo.optim import OPTIMIZERS, ScheduleFree
 from lowrank_geo.train.step import averaged, descend
 
@@ -25,6 +26,28 @@ def test_every_name_descends_at_its_own_rates(name):
         descend(optimizer, loss)
     with averaged(optimizer):
         assert backward(net, data) < before
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_name_trains_convolutions(name):
+    torch.manual_seed(0)
+    images, wanted = torch.randn(16, 2, 6, 6), torch.randn(16, 3, 6, 6)
+    plain = nn.Sequential(nn.Conv2d(2, 8, 3, padding=1), nn.Tanh(), nn.Conv2d(8, 3, 3, padding=1))
+    net = convert(plain, rank=2)
+    assert len(list(lowrank_layers(net))) == 2
+    optimizer = optim.build(name, net, total_steps=30)
+    if isinstance(optimizer, ScheduleFree):
+        optimizer.train()
+    for group in optimizer.param_groups:
+        group["lr"] *= 0.1
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = (net(images) - wanted).square().mean()
+        loss.backward()
+        losses.append(loss.item())
+        descend(optimizer, loss.item())
+    assert losses[-1] < losses[0]
 
 
 def test_the_method_that_follows_the_run_needs_its_length():
