@@ -112,7 +112,7 @@ def stacks(L: int, rows: int, r: int, device: str) -> dict[str, tuple[Any, ...]]
     w = torch.rand(L, 4, device=device)
     return {
         "tangent": (D, None, None, p.S, xi.Up, w),
-        "transport": (p.U, p.V, *xi, q.U, q.V),
+        "transport": (p.U, p.V, *xi, q.U, q.V, p.U.mT @ q.U, p.V.mT @ q.V),
         "retract": (p.U, p.S, xi.Up),
         "polar": (p.U, 0.3 * xi.Up, D, None),
         "spectral": (D,),
@@ -171,20 +171,20 @@ def passes(given: dict[str, tuple[Any, ...]]) -> dict[str, tuple[int, Run]]:
     """Every pass over tall matrices: how many of them it reads and writes, and its launch."""
     from lowrank_geo.kernels import gram, polar, retract, spectral, tangent, transport
 
-    U, V, Up, M, Vp, U1, V1 = given["transport"]
+    U, V, Up, M, Vp, U1, *_ = given["transport"]
     one = torch.ones(U.shape[0], device=U.device)
     no = torch.zeros_like(one, dtype=torch.bool)
     T = torch.eye(M.shape[-1], dtype=torch.float64, device=M.device).expand_as(M).contiguous()
     return {
         "gram": (2, lambda: gram.gram(U, V)),
         "tangent, filtered": (5, lambda: tangent.tangent(*given["tangent"])),
-        "transport, Grams": (3, lambda: transport.transport_grams(U, Up, U1)),
         "transport, write": (4, lambda: transport.transport_write(U, Up, U1, M, M, M)),
         "polar, Grams": (3, lambda: polar.polar_grams(U, Up, V, one)),
         "polar, write": (5, lambda: polar.polar_write(U, Up, V, one, M, M, M, no)),
         "retract, stretch": (3, lambda: retract.stretch(U, M, Up, None)),
         "retract, regram": (1, lambda: retract.regram(U, T)),
         "retract, settle": (2, lambda: retract.settle(U, T, V, no)),
+        "retract, products": (3, lambda: retract.products(U, Up, U1)),
         "spectral, write": (2, lambda: spectral.apply(U, M, one)),
     }
 

@@ -43,8 +43,6 @@ Settings = dict[str, Any]
 QUICK: Settings = {"size": 64, "width": 8, "depth": 3, "blocks": 2, "epochs": 8, "batch": 8}
 FULL: Settings = {"size": 256, "width": 16, "depth": 4, "blocks": 3, "epochs": 40, "batch": 8}
 DIGITS: Settings = {"width": 8, "depth": 2, "blocks": 2, "epochs": 4, "batch": 32}
-
-
 TASKS = ("easy", "medium", "hard", "digits")
 
 

@@ -1,6 +1,7 @@
 """Orthonormal bases of K = U A + Up B, the moved frames of the orthographic and the splitting retraction.
 
     stretch:  K and KᵀK in one pass        regram:  Gram of K T        settle:  Q = K T, or U where K = 0
+    products: UᵀQ and KᵀQ in one pass
 
 T (r, r) is a product of inverse Cholesky factors, formed between the passes (`lowrank_geo.operators.retract`): shifted
 Cholesky QR without ever storing an unfinished Q. Grams, T and K T are float64, K is float32: a float64 Gram of float32
@@ -8,7 +9,7 @@ numbers neither overflows nor loses the singular values that a float32 one does 
 
 Bytes: |K|_F needs the Gram of Up (4·rows·r); stretch reads U, Up and writes K (12; its Gram is free up to r = 64, for
 larger r the tiles of K are computed again for every pair of tiles, up to r = 128, and read again beyond, 4); two
-regrams read K (8), settle reads K and writes Q (8), the products with U and Up read all three (12): 44·rows·r. The
+regrams read K (8), settle reads K and writes Q (8), the products read U, K, Q (12): 44·rows·r. The
 torch twin, which keeps a float64 Q: 304·rows·r.
 Torch twin: `lowrank_geo.reference.retract`.
 """
@@ -186,3 +187,57 @@ def settle(K: Tensor, T: Tensor, U: Tensor, zero: Tensor) -> Tensor:
         W=W, K=tile_size(r, 16), BLOCK=block, num_warps=8,
     )  # fmt: skip
     return out
+
+
+@triton.jit
+def _products_kernel(
+    U, K, Q, out, rows, r, each, U_batch, U_row, K_batch, K_row, Q_batch, Q_row,
+    P: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    across = tl.cdiv(r, P)
+    pair, part, matrix = (
+        tl.program_id(0),
+        tl.program_id(1).to(tl.int64),
+        tl.program_id(2).to(tl.int64),
+    )
+    left = (pair // across) * P + tl.arange(0, P)
+    right = (pair % across) * P + tl.arange(0, P)
+    U += matrix * U_batch
+    K += matrix * K_batch
+    Q += matrix * Q_batch
+    first = part * each
+    last = tl.minimum(first + each, rows)
+    one = tl.zeros((P, P), tl.float32)
+    two = tl.zeros((P, P), tl.float32)
+    for start in range(first, last, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        to = tile(Q, at, right, last, r, Q_row)
+        one = tl.dot(
+            tl.trans(tile(U, at, left, last, r, U_row)), to, one, input_precision=PRECISION
+        )
+        two = tl.dot(
+            tl.trans(tile(K, at, left, last, r, K_row)), to, two, input_precision=PRECISION
+        )
+    L = tl.num_programs(2)
+    put(out + (part * 2 * L + matrix) * r * r, one, left, right, r, r, r)
+    put(out + (part * 2 * L + L + matrix) * r * r, two, left, right, r, r, r)
+
+
+def products(U: Tensor, K: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
+    """UᵀQ and KᵀQ in one pass, in float32.
+
+    Shapes: U, K, Q (L, rows, r) -> twice (L, r, r).
+    """
+    U, K, Q = stacked(U), stacked(K), stacked(Q)
+    L, rows, r = U.shape
+    P, block = tile_size(r), 32
+    pairs = triton.cdiv(r, P) ** 2
+    parts, each = slices(rows, block, pairs * L)
+    out = U.new_empty(parts, 2, L, r, r, dtype=torch.float32)
+    wrap_triton(_products_kernel)[(pairs, parts, L)](
+        U, K, Q, out, rows, r, each,
+        U.stride(0), U.stride(1), K.stride(0), K.stride(1), Q.stride(0), Q.stride(1),
+        P=P, BLOCK=block, PRECISION=precision(U), num_warps=4,
+    )  # fmt: skip
+    total = out.sum(0)
+    return total[0], total[1]

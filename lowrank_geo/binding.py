@@ -69,8 +69,8 @@ def _transport_fake(
     Vp: Tensor,
     U1: Tensor,
     V1: Tensor,
-    UtU1: Tensor | None = None,
-    VtV1: Tensor | None = None,
+    UtU1: Tensor,
+    VtV1: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _empty(U), _empty(M), _empty(V)
 

@@ -178,8 +178,8 @@ def transport(
     Vp: Tensor,
     U1: Tensor,
     V1: Tensor,
-    UtU1: Tensor | None = None,
-    VtV1: Tensor | None = None,
+    UtU1: Tensor,
+    VtV1: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `lowrank_geo.reference.transport`."""
     given = (U, V, Up, M, Vp, U1, V1, UtU1, VtV1)

@@ -57,18 +57,12 @@ def transport(
     Vp: Tensor,
     U1: Tensor,
     V1: Tensor,
-    UtU1: Tensor | None = None,
-    VtV1: Tensor | None = None,
+    UtU1: Tensor,
+    VtV1: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """ξ = K Vᵀ + U Vpᵀ with K = U M + Up, so that ξV1 = U (M C + D) + Up C and ξᵀU1 = V (MᵀA + B) + Vp A."""
-
-    def grams(U: Tensor, Up: Tensor, U1: Tensor, known: Tensor | None) -> tuple[Tensor, Tensor]:
-        if known is None:
-            return _transport.transport_grams(U, Up, U1)
-        return known, _gram.gram(Up, U1)
-
-    A, B = grams(U, Up, U1, UtU1)  # UᵀU1, UpᵀU1
-    C, D = grams(V, Vp, V1, VtV1)  # VᵀV1, VpᵀV1
+    A, B = UtU1, _gram.gram(Up, U1)
+    C, D = VtV1, _gram.gram(Vp, V1)
     left, right = M @ C + D, M.mT @ A + B
     M1 = A.mT @ left + B.mT @ C  # U1ᵀξV1
     M1t = C.mT @ right + D.mT @ A
@@ -104,7 +98,7 @@ def retract(
             gram = _retract.regram(K, T)
     zero = square == 0
     Q = _retract.settle(K, torch.where(zero[:, None, None], 0.0, T), U, zero)
-    UtQ, KtQ = _transport.transport_grams(U, K, Q)
+    UtQ, KtQ = _retract.products(U, K, Q)
     return Q, KtQ.mT.contiguous(), UtQ
 
 

@@ -110,15 +110,15 @@ def transport(
     Vp: Tensor,
     U1: Tensor,
     V1: Tensor,
-    UtU1: Tensor | None = None,
-    VtV1: Tensor | None = None,
+    UtU1: Tensor,
+    VtV1: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The tangent (Up, M, Vp) at (U, V), projected to the tangent space at (U1, V1).
 
-    Shapes: U, Up, U1 (..., m, r), M (..., r, r), V, Vp, V1 (..., n, r), UᵀU1, VᵀV1 (..., r, r), both or neither ->
-        (Up, M, Vp) at the new frames.
+    Shapes: U, Up, U1 (..., m, r), M (..., r, r), V, Vp, V1 (..., n, r), UᵀU1, VᵀV1 (..., r, r) -> (Up, M, Vp) at
+        the new frames.
     """
-    overlaps = None if UtU1 is None or VtV1 is None else (UtU1, VtV1)
+    overlaps = UtU1, VtV1
     Up, M, Vp = geometry.transport(Point(U, M, V), Tangent(Up, M, Vp), Point(U1, M, V1), overlaps)
     return Up, M, Vp
 

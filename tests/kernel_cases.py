@@ -47,7 +47,7 @@ def stacks(L: int, m: int, n: int, r: int) -> Arguments:
     size = Up.abs().amax().clamp(min=1e-3)
     return {
         "tangent": (X, U, C, B, Up, w),
-        "transport": (U, V, Up, M, Vp, U1, V1),
+        "transport": (U, V, Up, M, Vp, U1, V1, U.mT @ U1, V.mT @ V1),
         "retract": (U, S, Up, B),
         "polar": (U, 0.1 * Up / size, X, torch.arange(L, device=DEVICE) == 1),
         "spectral": (X,),

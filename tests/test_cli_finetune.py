@@ -102,7 +102,7 @@ def test_a_language_model_is_fine_tuned_on_lines(folder, tmp_path):
 
 def test_a_rate_that_is_left_out_follows_the_optimizer():
     found = {
-        name: METHODS["fixed-rank"].lr(FinetuneConfig(optimizer=name))
+        name: METHODS["fixed-rank"].rate(FinetuneConfig(optimizer=name))
         for name in ("muon", "muon-product", "sgd")
     }
     assert found == {"muon": 2.5e-3, "muon-product": 2e-2, "sgd": 0.075}

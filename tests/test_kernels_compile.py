@@ -45,7 +45,7 @@ class Step(nn.Module):
     def forward(self, U, V, S, x, w):
         y, a = b.lowrank_linear(x, U[0], S[0], V[0])
         backward = b.lowrank_linear_backward(y, x, U[0], S[0], V[0], a, True)
-        moved = *b.transport(U, V, U, S, V, U, V), *b.retract(U, S, U), *b.polar(U, U, U)
+        moved = *b.transport(U, V, U, S, V, U, V, S, S), *b.retract(U, S, U), *b.polar(U, U, U)
         directions = b.spectral(U), *b.damped_factor(U), b.apply(U, S, w[:, 0])
         return y, *backward, *moved, *directions, *b.tangent(U, None, None, S, U, w)
 with FakeTensorMode():

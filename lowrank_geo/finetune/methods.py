@@ -26,20 +26,19 @@ class Method(NamedTuple):
 
     wrap: Wrap
     make: Make
-    lr: Callable[[FinetuneConfig], float]
+    lr: float | None  # None: a share of that of the optimizer in pre-training
 
+    def rate(self, config: FinetuneConfig) -> float:
+        """The learning rate of a run.
 
-def always(lr: float) -> Callable[[FinetuneConfig], float]:
-    return lambda config: lr
-
-
-def share_of_pretraining(config: FinetuneConfig) -> float:
-    """A share of the rate of the optimizer's name.
-
-    Raises: ValueError for an unknown name.
-    """
-    name = config.optimizer
-    return SHARES.get(name, SHARE) * optimizer_named(name).lr
+        Raises: ValueError for an optimizer that is asked for its own and unknown.
+        """
+        if config.lr is not None:
+            return config.lr
+        if self.lr is not None:
+            return self.lr
+        name = config.optimizer
+        return SHARES.get(name, SHARE) * optimizer_named(name).lr
 
 
 def fixed_rank(model: nn.Module, config: FinetuneConfig, task: str) -> nn.Module:
@@ -111,15 +110,15 @@ def preconditioned(model: Any, config: FinetuneConfig, lr: float) -> Optimizer:
 
 
 METHODS: dict[str, Method] = {
-    "fixed-rank": Method(fixed_rank, ours, share_of_pretraining),
-    "lora": Method(lora(), adamw, always(2e-3)),
-    "lora-manifold": Method(lora(), manifold, always(2.5e-3)),
-    "lora-riemannian": Method(lora(), preconditioned, always(2e-3)),
-    "rslora": Method(lora(use_rslora=True), adamw, always(1e-3)),
-    "dora": Method(lora(use_dora=True), adamw, always(2e-3)),
-    "pissa": Method(lora(init_lora_weights="pissa"), adamw, always(1e-3)),
-    "adalora": Method(adalora, adamw, always(4e-3)),
-    "full": Method(untouched, adamw, always(1e-4)),
+    "fixed-rank": Method(fixed_rank, ours, None),
+    "lora": Method(lora(), adamw, 2e-3),
+    "lora-manifold": Method(lora(), manifold, 2.5e-3),
+    "lora-riemannian": Method(lora(), preconditioned, 2e-3),
+    "rslora": Method(lora(use_rslora=True), adamw, 1e-3),
+    "dora": Method(lora(use_dora=True), adamw, 2e-3),
+    "pissa": Method(lora(init_lora_weights="pissa"), adamw, 1e-3),
+    "adalora": Method(adalora, adamw, 4e-3),
+    "full": Method(untouched, adamw, 1e-4),
 }
 
 

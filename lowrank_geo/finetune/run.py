@@ -64,7 +64,7 @@ def finetune(
     model, tokenizer = base_model(config, examples)
     check_fits(model, config)
     model = chosen.wrap(model, config, TASK_TYPES[config.task])
-    optimizer = chosen.make(model, config, chosen.lr(config) if config.lr is None else config.lr)
+    optimizer = chosen.make(model, config, chosen.rate(config))
     with tempfile.TemporaryDirectory() as scratch:
         trainer = Trainer(
             model,
