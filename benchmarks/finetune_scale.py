@@ -47,7 +47,7 @@ class Curve(NamedTuple):
 
 
 def curve(store: Store, optimizer: str, r: int, grid: list[float], seeds: int) -> Curve:
-    compute = partial(compute_digits, "fixed-rank", optimizer, r, False)
+    compute = partial(compute_digits, "fixed-rank", optimizer, r)
     found = [
         [store.get(Run(f"r {r}", lr, seed), compute)["loss"] for seed in range(seeds)]
         for lr in grid

@@ -5,7 +5,8 @@
 The limit is the ratio of multiply-adds (see `limit`) with the best folding (docs/mathematics.md). Times are medians of
 repeats in random order in one process; ends with one JSON line. Freed memory is kept by the process, for every
 contender, as torch's caching allocator does on a GPU and its tuning guide advises on a CPU; otherwise the C library
-gives pages back and faults them in again. `--default-allocator` leaves that in.
+gives pages back and faults them in again. `--default-allocator` leaves that in. "products" are those of tangent mode by
+themselves, without autograd and without a new buffer: no layer made of them can be faster.
 """
 
 import argparse
@@ -25,8 +26,7 @@ from torch import Tensor, nn
 from lowrank_geo import LowRankLinear
 
 SHAPES = [(768, 768, 96), (1024, 1024, 128), (3072, 768, 128), (2048, 2048, 256)]  # m, n, r
-
-
+COLUMNS = ("tangent", "factors", "two factors", "products")
 KEPT_PAGES = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 32)}
 
 
@@ -48,6 +48,29 @@ def contenders(m: int, n: int, r: int) -> dict[str, nn.Module]:
         "factors": LowRankLinear(n, m, r, bias=False),
         "two factors": nn.Sequential(nn.Linear(n, r, bias=False), nn.Linear(r, m, bias=False)),
     }
+
+
+def bare_products(m: int, n: int, r: int, x: Tensor, dy: Tensor) -> Callable[[], None]:
+    """The products of tangent mode and nothing else, into buffers that are there: what this machine's BLAS allows."""
+    B = len(x)
+    U, S, V = torch.randn(m, r), torch.randn(r, r), torch.randn(n, r)
+    a, b, M = torch.empty(B, r), torch.empty(B, r), torch.empty(r, r)
+    US, VSt, GV, GtU = torch.empty(m, r), torch.empty(n, r), torch.empty(m, r), torch.empty(n, r)
+    y, dx = torch.empty(B, m), torch.empty(B, n)
+
+    @torch.no_grad()
+    def run() -> None:
+        torch.mm(x, V, out=a)
+        torch.mm(a, torch.mm(U, S, out=US).mT, out=y)
+        torch.mm(dy, U, out=b)
+        torch.mm(b, torch.mm(V, S.mT, out=VSt).mT, out=dx)
+        torch.mm(dy.mT, a, out=GV)
+        torch.mm(x.mT, b, out=GtU)
+        torch.mm(U.mT, GV, out=M)
+        GV.addmm_(U, M, alpha=-1)
+        GtU.addmm_(V, M.mT, alpha=-1)
+
+    return run
 
 
 def pass_through(layer: nn.Module, x: Tensor, dy: Tensor) -> Callable[[], None]:
@@ -94,7 +117,8 @@ def measure(m: int, n: int, r: int, tokens: int, repeats: int) -> dict[str, Any]
     x = torch.randn(tokens, n, requires_grad=True)
     dy = torch.randn(tokens, m)
     layers = contenders(m, n, r)
-    seconds = medians({k: pass_through(v, x, dy) for k, v in layers.items()}, repeats)
+    runs = {k: pass_through(v, x, dy) for k, v in layers.items()}
+    seconds = medians({**runs, "products": bare_products(m, n, r, x, dy)}, repeats)
     best = limit(tokens, m, n, r)
     return {
         "shape": [m, n, r],
@@ -125,22 +149,16 @@ def main() -> None:
         [
             "×".join(map(str, r["shape"])),
             f"{r['ms']['dense']:.1f}",
-            *(
-                f"{r['speedup'][k]:.2f} ({r['of_limit'][k]:.2f})"
-                for k in ("tangent", "factors", "two factors")
-            ),
+            *(f"{r['speedup'][k]:.2f} ({r['of_limit'][k]:.2f})" for k in COLUMNS),
             f"{r['limit']:.2f}",
             f"{r['saved_floats']['tangent'] / 1e6:.2f} / {r['saved_floats']['dense'] / 1e6:.2f}",
         ]
         for r in results
     ]
     saved = "M floats kept, ours / dense"
-    header = ["m×n×r", "dense ms", "tangent (of limit)", "factors", "two factors", "limit", saved]
+    header = ["m×n×r", "dense ms", "tangent (of limit)", *COLUMNS[1:], "limit", saved]
     print(table(header, rows))
-    means = {
-        k: math.prod(r["of_limit"][k] for r in results) ** (1 / len(results))
-        for k in ("tangent", "factors", "two factors")
-    }
+    means = {k: math.prod(r["of_limit"][k] for r in results) ** (1 / len(results)) for k in COLUMNS}
     print("geometric mean of the limit:", ", ".join(f"{k} {v:.2f}" for k, v in means.items()))
     kept = not arguments.default_allocator
     record = {"benchmark": "layer", "keeps_pages": kept, "of_limit": means, "rows": results}
