@@ -96,6 +96,10 @@ CONTENDERS: dict[str, Build] = {
     "PEFT create_riemannian_optimizer": partial(
         lora, build=partial(create_riemannian_optimizer, optimizer_cls=torch.optim.AdamW)
     ),
+    "PEFT create_riemannian_optimizer, fused": partial(
+        lora,
+        build=partial(create_riemannian_optimizer, optimizer_cls=torch.optim.AdamW, fused=True),
+    ),
     "LoRA, scaled_lora": partial(lora, build=scaled_lora),
     "LoRA, LoRAPreconditioned with RiemannianAdam": partial(
         lora, build=partial(LoRAPreconditioned, optimizer_cls=RiemannianAdam)

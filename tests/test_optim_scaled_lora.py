@@ -78,3 +78,41 @@ def test_what_it_cannot_do_is_refused():
     optimizer = scaled_lora(adapted(), lr=0.1)
     with pytest.raises(ValueError, match="takes steps without a closure, got one"):
         optimizer.step(lambda: torch.zeros(()))
+
+
+@pytest.mark.parametrize(
+    "cls, settings, fused",
+    [
+        (torch.optim.AdamW, {}, True),
+        (torch.optim.SGD, {}, True),
+        (torch.optim.AdamW, {"foreach": True}, None),
+        (torch.optim.AdamW, {"fused": False}, False),
+        (torch.optim.RMSprop, {}, "none"),
+    ],
+    ids=str,
+)
+def test_one_pass_over_memory_where_torch_has_it(cls, settings, fused):
+    model = adapted()
+    optimizer = scaled_lora(model, cls, lr=0.02, **settings)
+    assert optimizer.param_groups[0].get("fused", "none") == fused
+    losses = run(model, optimizer)
+    assert losses[-1] < losses[0]
+
+
+def test_pairs_of_many_shapes_and_frozen_halves_are_scaled_each_by_its_own():
+    torch.manual_seed(0)
+    shapes = [(7, 3, 5), (6, 2, 4), (7, 3, 5), (9, 3, 5)]
+    pairs = [
+        (torch.nn.Parameter(torch.randn(m, r)), torch.nn.Parameter(torch.randn(r, n)))
+        for m, r, n in shapes
+    ]
+    for index, (B, A) in enumerate(pairs):
+        B.grad, A.grad = torch.randn_like(B), None if index == 2 else torch.randn_like(A)
+    before = [(B.grad.clone(), None if A.grad is None else A.grad.clone()) for B, A in pairs]
+    scale_gradients(pairs, 0.1)
+    for (B, A), (gB, gA) in zip(pairs, before, strict=True):
+        eye = 0.1 * torch.eye(B.shape[1])
+        assert torch.allclose(B.grad @ (A @ A.mT + eye), gB, atol=1e-4)
+        assert (A.grad is None) == (gA is None)
+        if gA is not None:
+            assert torch.allclose((B.mT @ B + eye) @ A.grad, gA, atol=1e-4)

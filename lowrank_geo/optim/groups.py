@@ -1,7 +1,7 @@
 """Which parameters belong together: (U, S, V) triples, dense matrices, and the rest."""
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from lowrank_geo.gradients import Gradient
 from lowrank_geo.layers import lowrank_layers
 from lowrank_geo.lowrank_layer import check_orthonormal
 
+Tensors = TypeVar("Tensors", bound=tuple[Tensor, ...])
 GEOMETRIES = ("fixed_rank", "matrix", "euclidean")
 
 
@@ -130,12 +131,12 @@ def points_of(group: dict[str, Any]) -> list[Point]:
     return [Point(*x) for x in zip(*[iter(group["params"])] * 3, strict=True)]
 
 
-def by_shape(points: Iterable[Point]) -> Iterator[list[Point]]:
-    """Triples of one shape, dtype and device together, in the order of the first of each."""
-    buckets: dict[Any, list[Point]] = {}
+def by_shape(points: Iterable[Tensors]) -> Iterator[list[Tensors]]:
+    """Points, or other tuples of tensors, of one shape, dtype and device together, in the order of the first."""
+    buckets: dict[Any, list[Tensors]] = {}
     for point in points:
-        shapes = tuple(tuple(p.shape) for p in point)
-        buckets.setdefault((shapes, point.S.dtype, point.S.device), []).append(point)
+        key = tuple((p.shape, p.dtype, p.device) for p in point)
+        buckets.setdefault(key, []).append(point)
     return iter(buckets.values())
 
 

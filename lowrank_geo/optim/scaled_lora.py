@@ -1,6 +1,6 @@
 """Any torch optimizer on LoRA adapters, with gradients scaled by the inverse Gram matrices of the other factor."""
 
-from collections.abc import Iterator
+import inspect
 from functools import partial
 from typing import Any
 
@@ -8,7 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lowrank_geo.optim.groups import by_shape
 from lowrank_geo.optim.lora_pairs import lora_factors
+from lowrank_geo.optim.stacks import stack, store
+
+LOOPS = {"fused", "foreach", "differentiable"}  # torch takes one of them at most
+FUSED = {"cpu", "cuda"}
 
 
 def scaled_lora(
@@ -26,7 +31,7 @@ def scaled_lora(
     place of a pseudo-inverse of each: on a GPU without a wait. It is the metric without the manifold: no momentum is
     carried along and nothing is retracted, as in `LoRAPreconditioned`. Gradients are scaled in place by each step.
 
-    Args: settings: of the optimizer.
+    Args: settings: of the optimizer; fused=True if torch has it and nothing else is asked for.
     Raises: ValueError for a model without trained pairs, unless reg > 0, and in steps with a closure, which would
         compute the gradients again.
     Source: Zhang & Pilanci, Riemannian preconditioned LoRA, ICML 2024 (arXiv 2402.02347).
@@ -42,9 +47,16 @@ def scaled_lora(
             "peft.get_peft_model and a LoraConfig"
         )
     trained = [p for p in model.parameters() if p.requires_grad]
+    settings = fused(optimizer_cls, trained) | settings if not settings.keys() & LOOPS else settings
     optimizer: Optimizer = optimizer_cls(trained, lr=lr, **settings)  # type: ignore[call-arg]
     optimizer.register_step_pre_hook(partial(before_step, pairs, reg))
     return optimizer
+
+
+def fused(optimizer_cls: type[Optimizer], parameters: list[nn.Parameter]) -> dict[str, Any]:
+    """The setting that lets torch's own optimizers make their step in one pass over memory, where they have one."""
+    there = "fused" in inspect.signature(optimizer_cls).parameters
+    return {"fused": True} if there and all(p.device.type in FUSED for p in parameters) else {}
 
 
 def before_step(
@@ -67,40 +79,33 @@ def before_step(
 def scale_gradients(pairs: list[tuple[nn.Parameter, nn.Parameter]], reg: float) -> None:
     """∂L/∂A ← (BᵀB + reg I)⁻¹ ∂L/∂A and ∂L/∂B ← ∂L/∂B (AAᵀ + reg I)⁻¹ in place, computed in float32 or better.
 
-    Shapes: B (m, r), A (r, n), any of them in one call.
+    Shapes: B (m, r), A (r, n), any of them in one call; those of one shape are one batch.
     """
-    # The rows of both are of length r: Bᵀ and A, whose other factor's gradient is A's and Bᵀ's.
-    sides = [(B.detach().mT, A.grad) for B, A in pairs if A.grad is not None]
-    sides += [(A.detach(), B.grad.mT) for B, A in pairs if B.grad is not None]
-    for factors, gradients in by_rank(sides):
-        inverses = inverse(torch.stack([F @ F.mT for F in map(widened, factors)]), reg)
-        for gradient, P in zip(gradients, inverses, strict=True):
-            gradient.copy_(P @ widened(gradient))
+    for bucket in by_shape(pairs):
+        downs = [(A.grad, B) for B, A in bucket if A.grad is not None]
+        if downs:
+            gradients, others = map(list, zip(*downs, strict=True))
+            store(gradients, inverse_gram(wide_stack(others).mT, reg) @ wide_stack(gradients))
+        ups = [(B.grad, A) for B, A in bucket if B.grad is not None]
+        if ups:
+            gradients, others = map(list, zip(*ups, strict=True))
+            store(gradients, wide_stack(gradients) @ inverse_gram(wide_stack(others), reg))
 
 
-def by_rank(
-    sides: list[tuple[Tensor, Tensor]],
-) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """Factors and gradients with r rows, by r, dtype and device."""
-    buckets: dict[Any, list[tuple[Tensor, Tensor]]] = {}
-    for factor, gradient in sides:
-        buckets.setdefault((len(factor), factor.dtype, factor.device), []).append(
-            (factor, gradient)
-        )
-    for bucket in buckets.values():
-        yield [factor for factor, _ in bucket], [gradient for _, gradient in bucket]
+def wide_stack(tensors: list[Tensor]) -> Tensor:
+    """A batch in float32 at least.
 
-
-def widened(X: Tensor) -> Tensor:
-    """X in float32 at least."""
-    return X.to(torch.promote_types(X.dtype, torch.float32))
-
-
-def inverse(G: Tensor, reg: float) -> Tensor:
-    """(G + reg I)⁻¹ of Gram matrices.
-
-    Shapes: (L, r, r) -> (L, r, r).
+    Shapes: L tensors (...) -> (L, ...).
     """
-    identity = torch.eye(G.shape[-1], dtype=G.dtype, device=G.device)
-    L, _ = torch.linalg.cholesky_ex(G + reg * identity)
+    batch = stack(tensors)
+    return batch.to(torch.promote_types(batch.dtype, torch.float32))
+
+
+def inverse_gram(F: Tensor, reg: float) -> Tensor:
+    """(F Fᵀ + reg I)⁻¹.
+
+    Shapes: (L, r, k) -> (L, r, r).
+    """
+    identity = torch.eye(F.shape[-2], dtype=F.dtype, device=F.device)
+    L, _ = torch.linalg.cholesky_ex(F @ F.mT + reg * identity)
     return torch.cholesky_inverse(L)
