@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("parts", nargs="+", choices=sorted(PARTS))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--images", type=Path, help="part d: a folder of train/CLASS, test/CLASS")
-    parser.add_argument("--quick", action="store_true", help="part d: VGG-16, fewer epochs")
+    parser.add_argument("--quick", action="store_true", help="part d: fewer epochs and optimizers")
     parser.add_argument("--only", nargs="+", metavar="ROW", help="part c: these rows, by name")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

@@ -1,7 +1,7 @@
 """Part d of optimizers.py: VGG-16 and a ViT with 25 % and 5.65 % of their parameters, ours and dynamical low-rank ones.
 
-    python benchmarks/optimizers.py d                    # scikit-learn's digits, about 4 hours on one core
-    python benchmarks/optimizers.py d --quick            # three optimizers, VGG-16, one epoch: 20 minutes
+    python benchmarks/optimizers.py d                    # scikit-learn's digits, about 6 hours on one core
+    python benchmarks/optimizers.py d --quick            # ViT, two epochs; VGG-16, one, three optimizers: an hour
     python benchmarks/optimizers.py d --images FOLDER    # e.g. CIFAR-10: FOLDER/train/CLASS/*.png, FOLDER/test/...
 
 Fixed-rank rows get their ranks from `plan_ranks(budget=...)`. Dynamical low-rank training chooses them itself, by its
@@ -28,8 +28,7 @@ from lowrank_geo.models.vgg import VGG, VGGConfig
 from lowrank_geo.models.vit import ViT, ViTConfig
 from lowrank_geo.optim import schedules
 
-SIDE, BATCH, EPOCHS = 32, 32, 6
-QUICK = ("muon", "adam", "dlrt-adam")
+SIDE, BATCH = 32, 32
 BUDGETS = (0.0565, 0.25)
 FIRST = {"muon": 5e-3, "adam": 2.5e-3, "sgd": 0.025, "dlrt-adam": 2.5e-3, "dlrt-heavy-ball": 0.025}
 
@@ -85,7 +84,16 @@ def vit(data: Images) -> nn.Module:
     return ViT(ViTConfig(SIDE, 8, channels, data.classes))
 
 
-MODELS: dict[str, Callable[[Images], nn.Module]] = {"VGG-16": vgg, "ViT": vit}
+class Plan(NamedTuple):
+    """How long a model is trained, and with what."""
+
+    epochs: int
+    optimizers: tuple[str, ...] = tuple(FIRST)
+
+
+MODELS: dict[str, Callable[[Images], nn.Module]] = {"ViT": vit, "VGG-16": vgg}
+FULL = {"ViT": Plan(6), "VGG-16": Plan(6)}
+QUICK = {"ViT": Plan(2), "VGG-16": Plan(1, ("muon", "adam", "dlrt-adam"))}
 
 
 def used(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
@@ -139,18 +147,15 @@ def rows(
     store: Store, images: Path | None = None, *, quick: bool = False
 ) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the table."""
-    models = {"VGG-16": vgg} if quick else MODELS
-    first_rates = {name: lr for name, lr in FIRST.items() if name in QUICK or not quick}
-    epochs = 1 if quick else EPOCHS
     data = digits() if images is None else folder(images)
     label = "digits" if images is None else images.name
     found = []
-    for model, build in models.items():
+    for model, (epochs, names) in (QUICK if quick else FULL).items():
         for budget in BUDGETS:
-            for name, first in first_rates.items():
+            for name in names:
                 key = f"{label} | {model} | {epochs} epoch(s) | {budget:.2%} | {name}"
-                run = partial(compute, name, build, budget, data, epochs)
-                row = sweep(store, key, geometric(first, 2.0, 3), run)
+                run = partial(compute, name, MODELS[model], budget, data, epochs)
+                row = sweep(store, key, geometric(FIRST[name], 2.0, 3), run)
                 records = [r for k, r in store.records.items() if (k.method, k.lr) == (key, row.lr)]
                 error, share = (
                     sum(r[k] for r in records) / len(records) for k in ("error", "share")
