@@ -44,7 +44,7 @@ class Store:
     def get(self, run: Run, compute: Callable[[Run], dict[str, Any]]) -> dict[str, Any]:
         """The record of a run, computed and appended if it is not there."""
         if run not in self.records:
-            record = {**run._asdict(), **compute(run), **environment()}
+            record = {**compute(run), **run._asdict(), **environment()}
             with self.path.open("a") as file:
                 file.write(json.dumps(record) + "\n")
             self.records[run] = record
