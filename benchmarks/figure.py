@@ -24,11 +24,13 @@ STYLE = {  # colour-blind safe, and told apart by marker in print
 
 
 def curves(path: Path) -> dict[str, dict[float, list[float]]]:
-    """Losses by method and learning rate."""
+    """Losses at rank width / 6 by method and learning rate."""
     found: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     for line in path.read_text().splitlines():
         record = json.loads(line)
-        found[record["method"].split(" | ")[-1]][record["lr"]].append(record["loss"])
+        *ratio, method = record["method"].split(" | ")
+        if ratio in ([], ["1/6"]):  # dense models have no rank
+            found[method][record["lr"]].append(record["loss"])
     return found
 
 

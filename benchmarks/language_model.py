@@ -86,7 +86,7 @@ def size(task: Task) -> int:
 
 
 def adamw(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
-    """torch.optim.AdamW: lr for the matrices, the common rate for embeddings, norms and head."""
+    """torch.optim.AdamW with its own betas: lr for the matrices, the common rate for embeddings, norms and head."""
     groups = split(model)
     return [
         torch.optim.AdamW(
@@ -94,8 +94,7 @@ def adamw(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
                 {"params": groups[0], "lr": lr, "weight_decay": WEIGHT_DECAY},
                 {"params": groups[1], "lr": EUCLIDEAN_LR, "weight_decay": WEIGHT_DECAY},
                 {"params": groups[2], "lr": EUCLIDEAN_LR, "weight_decay": 0.0},
-            ],
-            betas=(0.95, 0.95),
+            ]
         )
     ]
 

@@ -65,6 +65,9 @@ def methods(task: Task, rank: int) -> dict[str, Method]:
         "two factors, AdamW": Method(factors, lm.adamw, 2e-3),
         "U, S, V with AdamW": Method(lowrank_as_factors(lowrank), lm.adamw, 2e-3),
         "RiemannianAdam": Method(lowrank, lm.riemannian_adam, 5e-3),
+        "RiemannianAdam, betas of AdamW": Method(
+            lowrank, partial(lm.riemannian_adam, betas=(0.9, 0.999)), 5e-3
+        ),
     }
 
 
