@@ -68,6 +68,14 @@ BAD = {
         lambda g: RiemannianSGD([{**x, "weight_decya": 0.1} for x in g]),
         "got 'weight_decya'; did you mean 'weight_decay'",
     ),
+    "a filter of a group": (
+        lambda g: RiemannianSGD([{**x, "filter": EMA(0.9)} for x in g]),
+        "got 'filter', which holds for all groups; pass filter=… to the optimizer",
+    ),
+    "another rate of a group": (
+        lambda g: RiemannianMuon([{**x, "euclidean_lr": 0.1} for x in g]),
+        "got 'euclidean_lr', which holds for all groups",
+    ),
     "momentum beside a filter": (
         lambda g: RiemannianSGD(g, filter=EMA(0.9), nesterov=True),
         r"a filter or a momentum, got EMA\(.*nesterov=True; leave these out",

@@ -2,6 +2,7 @@
 result.
 """
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -76,7 +77,8 @@ class RiemannianOptimizer(Optimizer):
         super().add_param_group(group)
         added = self.param_groups[-1]
         try:
-            check_keys(group, {"params", "layers", *self.defaults})
+            arguments = inspect.signature(type(self)).parameters
+            check_keys(group, {"params", "layers", *self.defaults}, arguments)
             check_group(added)
             rule = self.rule(added)
         except (ValueError, TypeError):

@@ -31,16 +31,22 @@ def check_pair(what: str, value: Any, example: tuple[float, float]) -> None:
         raise TypeError(f"{what} need to be two numbers, got {value!r}; pass e.g. {example}")
 
 
-def check_keys(given: Iterable[str], known: Iterable[str]) -> None:
-    """Raise ValueError for a key of a parameter group that is almost one of those it has; others are the user's own.
+def check_keys(given: Iterable[str], known: Iterable[str], elsewhere: Iterable[str] = ()) -> None:
+    """Raise ValueError for a key of a parameter group that is almost one of those it has, or that belongs `elsewhere`;
+    others are the user's own.
 
     >>> check_keys({"lr", "weight_decya", "name"}, {"lr", "weight_decay"})
     Traceback (most recent call last):
     ...
     ValueError: a parameter group needs keys that its optimizer has, got 'weight_decya'; did you mean 'weight_decay'?
     """
-    known = set(known)
+    known, elsewhere = set(known), set(elsewhere)
     for key in sorted(set(given) - known):
+        if key in elsewhere:
+            raise ValueError(
+                f"a parameter group needs keys that its optimizer has, got {key!r}, which holds for all groups; "
+                f"pass {key}=… to the optimizer"
+            )
         if near := difflib.get_close_matches(key, known, 1, cutoff=0.85):
             raise ValueError(
                 f"a parameter group needs keys that its optimizer has, got {key!r}; did you mean {near[0]!r}?"
