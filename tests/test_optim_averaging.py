@@ -152,10 +152,11 @@ def test_weights_of_nothing_are_zero():
     [
         (lambda: average_named("factors"), "orthographic, truncate, got 'factors'"),
         (lambda: weights_named("linear"), "schedulet, squared, uniform, got 'linear'"),
+        (lambda: Weights("a"), "lr_power needs to be a number, got 'a'"),
         (lambda: Weights(-1.0), r"lr_power >= 0, got -1\.0"),
         (lambda: Weights(step_power=float("nan")), "step_power >= 0, got nan"),
     ],
 )
 def test_refuses(make, sentence):
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises((ValueError, TypeError), match=sentence):
         make()

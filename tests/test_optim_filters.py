@@ -179,7 +179,9 @@ BAD = {
     "a negative nu": (lambda: QHM(-0.1, 0.9), r"nu >= 0, got -0\.1"),
     "no steps": (lambda: FSGDM(0), "total_steps >= 1, got 0; pass the length"),
     "no stages": (lambda: FSGDM(10, stages=0), "stages >= 1, got 0; pass e.g. 300"),
-    "steps of None": (lambda: FSGDM(None), "total_steps needs to be a whole number, got None"),
+    "steps of None": (lambda: FSGDM(None), "needs total_steps, got None; pass the length"),
+    "steps in quotes": (lambda: FSGDM("9"), "total_steps needs to be a whole number, got '9'"),
+    "an infinite nu": (lambda: QHM(math.inf), "finite nu >= 0, got inf"),
     "half a stage": (lambda: FSGDM(10, stages=2.5), "stages needs to be a whole number, got 2.5"),
     "a nu in quotes": (lambda: QHM("0.7", 0.9), "nu needs to be a number, got '0.7'"),
     "a c of zero": (lambda: FSGDM(10, c=0.0), r"c > 0, got 0\.0"),
@@ -195,7 +197,7 @@ def test_refuses(make, sentence):
 
 
 def test_fsgdm_needs_the_length_of_the_run():
-    with pytest.raises(TypeError, match="total_steps"):
+    with pytest.raises(TypeError, match="needs total_steps, got None; pass the length of the run"):
         FSGDM()
 
 

@@ -179,9 +179,32 @@ def test_refuses_a_step_without_a_loss():
         ScheduleFree(RiemannianSGD([nn.Parameter(torch.ones(2))])).step(lower_bound=1.0)
 
 
+def test_a_loss_is_one_number():
+    A, solution = regression()
+    w = nn.Parameter(torch.zeros(12))
+    optimizer = ScheduleFree(RiemannianSGD([w], momentum=0), step_size=Polyak())
+    optimizer.train()
+    loss = (A @ (w - solution)).abs().mean()
+    loss.backward()
+    before = w.detach().clone()
+    with pytest.raises(
+        ValueError, match=r"loss needs to be one number, got a tensor of shape \(3,"
+    ):
+        optimizer.step(loss=loss.expand(3))
+    with pytest.raises(TypeError, match="loss needs to be a number, got '1.0'"):
+        optimizer.step(loss="1.0")
+    with pytest.raises(ValueError, match=r"lower_bound needs .* shape \(2,\)"):
+        optimizer.step(loss=loss, lower_bound=torch.zeros(2))
+    assert torch.equal(w, before)
+    optimizer.step(loss=loss[None])  # as a gathered loss has it
+    assert optimizer.last_step_size == pytest.approx((loss / w.grad.square().sum()).item())
+
+
 REFUSED = {
     "bound": (lambda: Polyak(lower_bound=math.inf), "finite lower_bound, got inf"),
     "floor": (lambda: Polyak(floor=0.0), r"floor > 0, got 0\.0"),
+    "floor in quotes": (lambda: Polyak(floor="x"), "floor needs to be a number, got 'x'"),
+    "cap in a list": (lambda: Polyak(max_lr=[1.0]), r"max_lr > 0, 'lr' or None, got \[1\.0\]"),
     "cap": (lambda: Polyak(max_lr=-1.0), r"max_lr > 0, 'lr' or None, got -1\.0"),
     "cap by name": (lambda: Polyak(max_lr="rate"), "got 'rate'"),
 }
@@ -189,7 +212,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("make, sentence", REFUSED.values(), ids=REFUSED)
 def test_refuses(make, sentence):
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises((ValueError, TypeError), match=sentence):
         make()
 
 

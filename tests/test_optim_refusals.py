@@ -68,6 +68,61 @@ BAD = {
         lambda g: RiemannianSGD([{**x, "weight_decya": 0.1} for x in g]),
         "got 'weight_decya'; did you mean 'weight_decay'",
     ),
+    "a clip in quotes": (
+        lambda g: RiemannianSGD(g, clip="1"),
+        "clip needs to be a number, got '1'",
+    ),
+    "a nu of Adam above 1": (
+        lambda g: RiemannianAdam(g, nus=(1.5, 1.0)),
+        r"nus need to be two numbers in \[0, 1\], got \(1\.5, 1\.0\)",
+    ),
+    "nus of a group": (
+        lambda g: RiemannianAdam([{**x, "nus": (0.5, -1.0)} for x in g]),
+        r"nus need .* got \(0\.5, -1\.0\)",
+    ),
+    "an infinite gamma": (lambda g: RiemannianAdam(g, gamma=math.inf), "gamma >= 0, got inf"),
+    "a gamma in quotes": (lambda g: RiemannianAdam(g, gamma="x"), "gamma needs to be a number"),
+    "a momentum in quotes": (
+        lambda g: RiemannianMuon(g, momentum="0.95"),
+        "momentum needs to be a number, got '0.95'",
+    ),
+    "a scale of None": (lambda g: RiemannianMuon(g, scale=None), "scale needs to be a number"),
+    "a scale of a group": (
+        lambda g: RiemannianMuon([{**x, "scale": -1.0} for x in g]),
+        r"scale needs to be >= 0, got -1\.0",
+    ),
+    "an eps of the core in quotes": (
+        lambda g: AugmentedAdam(g, eps="x"),
+        "eps needs to be a number",
+    ),
+    "weights in a list": (
+        lambda g: ScheduleFree(RiemannianSGD(g), weights=[1, 2]),
+        r"weights need .* got \[1, 2\]",
+    ),
+    "an average in a list": (
+        lambda g: ScheduleFree(RiemannianSGD(g), average=["truncate"]),
+        r"average needs to be one of .*, got \['truncate'\]",
+    ),
+    "branches of no model": (
+        lambda g: ScheduleFree(RiemannianSGD(g), gradient_at="branches", model="gpt"),
+        "needs the model, got 'gpt'",
+    ),
+    "a model as parameters": (
+        lambda g: RiemannianSGD(nn.Linear(2, 2)),
+        r"needs parameter groups, got the module Linear; pass lowrank_geo.param_groups\(model\)",
+    ),
+    "parameters as a group": (
+        lambda g: RiemannianSGD(g).add_param_group([nn.Parameter(torch.ones(2))]),
+        "a dict with 'params', got list",
+    ),
+    "a group of no parameters": (
+        lambda g: RiemannianSGD(g).add_param_group({"geometry": "euclidean"}),
+        r"a dict with 'params', got \['geometry'\]",
+    ),
+    "names that are not in a tuple": (
+        lambda g: param_groups(Net(), dense="lm_head"),
+        r"dense needs a tuple of names, got 'lm_head'; pass \('lm_head',\)",
+    ),
     "a filter of a group": (
         lambda g: RiemannianSGD([{**x, "filter": EMA(0.9)} for x in g]),
         "got 'filter', which holds for all groups; pass filter=… to the optimizer",
@@ -194,6 +249,13 @@ def test_refuses_a_state_of_other_shapes(net):
     other.third = LowRankLinear(8, 6, 3)
     with pytest.raises(ValueError, match=r"momentum of shape \(6, 3\), got \(6, 2\)"):
         RiemannianSGD(param_groups(other)).load_state_dict(saved)
+
+
+def test_refuses_the_state_of_a_method_that_keeps_more(net):
+    groups = param_groups(net)
+    saved = RiemannianAdam(groups).state_dict()
+    with pytest.raises(ValueError, match="got one that has variance, too; load a state saved with"):
+        RiemannianSGD(groups).load_state_dict(saved)
 
 
 def test_refuses_sparse_gradients():

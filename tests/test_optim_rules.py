@@ -249,10 +249,17 @@ def test_constant_is_constant(optimizer):
         (lambda o: warmup_stable_decay(o, 0), "total_steps >= 1, got 0"),
         (lambda o: cosine(o, 10, warmup=-0.1), r"in \[0, 1\], got -0.1"),
         (lambda o: cosine(o, -3), "total_steps >= 1, got -3"),
+        (lambda o: cosine(o, "10"), "total_steps needs to be a whole number, got '10'"),
+        (lambda o: warmup_stable_decay(o, math.nan), "total_steps needs .* whole number, got nan"),
+        (lambda o: warmup_stable_decay(o, 10, warmup=math.nan), "sum <= 1, got nan and 0.5"),
+        (lambda o: warmup_stable_decay(o, 10, decay="x"), "decay needs to be a number, got 'x'"),
+        (lambda o: cosine(o, 10, floor=None), "floor needs to be a number, got None"),
+        (lambda o: cosine(0.1, 10), "cosine needs an optimizer, got 0.1; pass the optimizer first"),
+        (lambda o: constant(None), "constant needs an optimizer, got None"),
     ],
 )
 def test_schedules_refuse(make, sentence, optimizer):
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises((ValueError, TypeError), match=sentence):
         make(optimizer)
 
 

@@ -7,11 +7,10 @@ import torch
 from torch import Tensor
 
 from lowrank_geo.optim.base import RiemannianOptimizer
-from lowrank_geo.optim.checks import check_betas
+from lowrank_geo.optim.checks import check_betas, check_nus
 from lowrank_geo.optim.filters import QHM, unbias
 from lowrank_geo.optim.metrics import metric_named
 from lowrank_geo.optim.step import Rule
-from lowrank_geo.optim.values import check_pair
 from lowrank_geo.optim.variance import Over, Variance
 
 
@@ -55,7 +54,7 @@ class RiemannianAdam(RiemannianOptimizer):
         retraction: str = "orthographic",
     ) -> None:
         check_betas(betas)
-        check_pair("nus", nus, (1.0, 1.0))
+        check_nus(nus)
         defaults = dict(
             lr=lr,
             betas=tuple(betas),

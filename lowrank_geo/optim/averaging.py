@@ -67,7 +67,7 @@ def average_named(name: str) -> Average:
 
     Raises: ValueError for an unknown name.
     """
-    if name not in AVERAGES:
+    if not isinstance(name, str) or name not in AVERAGES:
         raise ValueError(
             f"average needs to be one of {', '.join(sorted(AVERAGES))}, got {name!r}; use one of them"
         )

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lowrank_geo import guard
@@ -45,6 +45,11 @@ class RiemannianOptimizer(Optimizer):
         *,
         euclidean_lr: float | Tensor | None = None,
     ) -> None:
+        if isinstance(params, nn.Module):
+            raise TypeError(
+                f"{type(self).__name__} needs parameter groups, got the module {type(params).__name__}; pass "
+                "lowrank_geo.param_groups(model)"
+            )
         self._euclidean_lr = defaults["lr"] if euclidean_lr is None else euclidean_lr
         self._transports: dict[Tensor, Tensor] = {}  # S -> τ
         self._compiled: dict[str, Any] | None = None  # the options
@@ -71,6 +76,12 @@ class RiemannianOptimizer(Optimizer):
         Raises: ValueError if a triple is split, badly shaped, not orthonormal or in a group of
             the wrong geometry.
         """
+        if not isinstance(param_group, dict) or "params" not in param_group:
+            raise TypeError(
+                "a parameter group needs to be a dict with 'params', got "
+                f"{list(param_group) if isinstance(param_group, dict) else type(param_group).__name__}; pass e.g. "
+                "{'params': [weight]}"
+            )
         group = dict(param_group)
         if geometry_of(group) == "euclidean":
             group.setdefault("lr", self._euclidean_lr)

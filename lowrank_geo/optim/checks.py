@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowrank_geo import guard
 from lowrank_geo.optim.groups import GEOMETRIES, triples
@@ -32,6 +32,8 @@ def check_group(group: dict[str, Any]) -> None:
     check_rate("weight_decay", group["weight_decay"])
     if "betas" in group:
         check_betas(group["betas"])
+    if "nus" in group:
+        check_nus(group["nus"])
     fixed = group["geometry"] == "fixed_rank"
     for parameter in group["params"]:
         if parameter.is_complex():
@@ -72,6 +74,12 @@ def check_state(call: str, fresh: Mapping[str, Tensor], saved: Mapping[str, Tens
                 f"{call} needs {name} of shape {tuple(value.shape)}, got {got}; "
                 "load a state saved with the same optimizer, ranks and layers"
             )
+    for name in saved:
+        if name not in fresh:
+            raise ValueError(
+                f"{call} needs a state of {', '.join(fresh)}, got one that has {name}, too; load a state saved "
+                "with the same optimizer"
+            )
 
 
 def check_rate(name: str, value: float | Tensor) -> None:
@@ -81,15 +89,20 @@ def check_rate(name: str, value: float | Tensor) -> None:
     """
     if isinstance(value, Tensor) and value.device.type != "cpu":
         return
-    if isinstance(value, Tensor) and value.numel() != 1:
-        raise ValueError(
-            f"{name} needs to be one number, got a tensor of shape {tuple(value.shape)}; pass a 0-d tensor"
-        )
-    if not isinstance(value, Tensor):
-        check_number(name, value, 1e-3)
+    check_scalar(name, value)
     number = float(value)
     if not math.isfinite(number) or number < 0:
         raise ValueError(f"{name} needs to be a finite number >= 0, got {number}; pass e.g. 1e-3")
+
+
+def check_scalar(name: str, value: float | Tensor) -> None:
+    """Raise ValueError or TypeError unless this is one number, or a tensor of one."""
+    if not isinstance(value, Tensor):
+        check_number(name, value, 1e-3)
+    elif value.numel() != 1:
+        raise ValueError(
+            f"{name} needs to be one number, got a tensor of shape {tuple(value.shape)}; pass a 0-d tensor"
+        )
 
 
 def check_betas(betas: tuple[float, float]) -> None:
@@ -99,6 +112,13 @@ def check_betas(betas: tuple[float, float]) -> None:
         raise ValueError(
             f"betas need to be two numbers in [0, 1), got {betas}; pass e.g. (0.95, 0.95)"
         )
+
+
+def check_nus(nus: tuple[float, float]) -> None:
+    """Raise ValueError or TypeError unless these are two weights of averages, in [0, 1]."""
+    check_pair("nus", nus, (1.0, 1.0))
+    if not all(0 <= nu <= 1 for nu in nus):
+        raise ValueError(f"nus need to be two numbers in [0, 1], got {nus}; pass e.g. (0.7, 1.0)")
 
 
 def check_cycle(group: Mapping[str, Any]) -> None:
@@ -140,9 +160,9 @@ def check_schedule_free(
         raise ValueError(
             f"gradient_at needs to be 'collapsed' or 'branches', got {gradient_at!r}; use one of them"
         )
-    if gradient_at == "branches" and model is None:
+    if gradient_at == "branches" and not isinstance(model, nn.Module):
         raise ValueError(
-            "ScheduleFree with gradient_at='branches' needs the model, got None; pass model=…"
+            f"ScheduleFree with gradient_at='branches' needs the model, got {model!r}; pass model=…"
         )
     if step_size is not None and not isinstance(step_size, Polyak):
         raise TypeError(f"step_size needs a Polyak or None, got {step_size!r}; pass Polyak()")
@@ -153,7 +173,9 @@ def check_schedule_free(
 
 
 def check_loss(step_size: Polyak | None, loss: Any, lower_bound: float | Tensor | None) -> None:
-    """Raise ValueError if Polyak gets no loss, or no Polyak a lower bound."""
+    """Raise ValueError if Polyak gets no loss, or no Polyak a lower bound; TypeError or ValueError for what is not one
+    number.
+    """
     if step_size is None and lower_bound is not None:
         raise ValueError(
             f"ScheduleFree.step needs step_size=Polyak() for a lower bound, got {lower_bound} without; "
@@ -164,3 +186,6 @@ def check_loss(step_size: Polyak | None, loss: Any, lower_bound: float | Tensor 
             "ScheduleFree.step needs the loss of the batch for Polyak's step size, got None; "
             "call step(loss=loss) or step(closure)"
         )
+    for name, value in (("loss", loss), ("lower_bound", lower_bound)):
+        if step_size is not None and value is not None:
+            check_scalar(name, value)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lowrank_geo.optim.augmentation import Change, carried, mixed
 from lowrank_geo.optim.filters import check_decay, unbias
+from lowrank_geo.optim.values import check_number
 
 CoreSlots = dict[str, Tensor]  # (L, R, R) each
 Second = Literal["square-root", "mixed"]
@@ -80,6 +81,7 @@ class CoreAdam:
     def __post_init__(self) -> None:
         for beta in self.betas:
             check_decay("CoreAdam", "betas", beta)
+        check_number("eps", self.eps, 1e-8)
         if not self.eps > 0:
             raise ValueError(f"CoreAdam needs eps > 0, got {self.eps}; pass e.g. 1e-8")
         if self.second not in ("square-root", "mixed"):

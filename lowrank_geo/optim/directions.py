@@ -14,6 +14,7 @@ from torch import Tensor
 from lowrank_geo import dispatch
 from lowrank_geo.geometry import Point, Tangent
 from lowrank_geo.msign import msign, polar_express
+from lowrank_geo.optim.values import check_number
 
 Slots = dict[str, Tangent]  # state by name: one tensor beside each of U, S, V
 State = dict[str, Tensor]  # of one flat parameter, by name
@@ -137,6 +138,7 @@ class Clip(Stateless):
     limit: float = 1.0
 
     def __post_init__(self) -> None:
+        check_number("clip", self.limit, 1.0)
         if not self.limit > 0:
             raise ValueError(f"Clip needs limit > 0, got {self.limit}; pass e.g. 1.0")
 

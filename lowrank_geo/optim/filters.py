@@ -109,8 +109,8 @@ class QHM:
     def __post_init__(self) -> None:
         check_decay("QHM", "beta", self.beta)
         check_number("QHM's nu", self.nu, 0.7)
-        if not self.nu >= 0:
-            raise ValueError(f"QHM needs nu >= 0, got {self.nu}; pass e.g. 0.7")
+        if not 0 <= self.nu < float("inf"):
+            raise ValueError(f"QHM needs a finite nu >= 0, got {self.nu}; pass e.g. 0.7")
 
     def coefficients(self, step: Tensor) -> Coefficients:
         weight = self.nu * gathered(self, step)
@@ -128,12 +128,14 @@ class FSGDM:
     Source: Li et al., ICLR 2025, arXiv 2411.19671, algorithm 1 (c = 0.033, v = 1, 300 stages).
     """
 
-    total_steps: int
+    total_steps: int = None  # type: ignore[assignment]  # so that leaving it out is refused with what to do
     c: float = 0.033
     v: float = 1.0
     stages: int = 300
 
     def __post_init__(self) -> None:
+        if self.total_steps is None:
+            raise TypeError("FSGDM needs total_steps, got None; pass the length of the run")
         for name, what in (("total_steps", "the length of the run"), ("stages", "e.g. 300")):
             check_count(f"FSGDM's {name}", getattr(self, name), 300)
             if not getattr(self, name) >= 1:

@@ -37,10 +37,13 @@ def param_groups(
         vectors. None for the default of the optimizer. dense: parts of module names that hold
         embeddings or output heads, never treated as matrices. gradient: "factors" for optimizers
         of other packages, which may leave U and V as they like.
-    Raises: ValueError if a triple is only partly frozen or its U or V is not orthonormal; TypeError for no module.
+    Raises: ValueError if a triple is only partly frozen or its U or V is not orthonormal; TypeError for no module or
+            names that are not in a tuple.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"param_groups needs a torch.nn.Module, got {model!r}; pass the model")
+    if isinstance(dense, str):  # every name would hold one of its letters
+        raise TypeError(f"dense needs a tuple of names, got {dense!r}; pass ({dense!r},)")
     layers = dict(lowrank_layers(model))
     trained = {name: layer for name, layer in layers.items() if trains(name, layer.point)}
     for layer in trained.values():

@@ -10,9 +10,10 @@ from torch import Tensor
 from lowrank_geo.optim.base import RiemannianOptimizer
 from lowrank_geo.optim.checks import check_betas
 from lowrank_geo.optim.directions import EmbeddedSpectral, ProductSpectral
-from lowrank_geo.optim.filters import EMA, NesterovEMA
+from lowrank_geo.optim.filters import EMA, NesterovEMA, check_decay
 from lowrank_geo.optim.metrics import metric_named
 from lowrank_geo.optim.step import Rule
+from lowrank_geo.optim.values import check_number
 from lowrank_geo.optim.variance import Variance
 
 
@@ -50,11 +51,7 @@ class RiemannianMuon(RiemannianOptimizer):
         scale: float = 0.2,
     ) -> None:
         check_betas(betas)
-        if not 0 <= momentum < 1:
-            raise ValueError(f"momentum needs to be in [0, 1), got {momentum}; pass e.g. 0.95")
-        for name, value in (("rotation", rotation), ("spectrum", spectrum), ("scale", scale)):
-            if not value >= 0:
-                raise ValueError(f"{name} needs to be >= 0, got {value}; leave it at its default")
+        check_decay("RiemannianMuon", "momentum", momentum)
         defaults = dict(
             lr=lr,
             momentum=momentum,
@@ -72,6 +69,10 @@ class RiemannianMuon(RiemannianOptimizer):
         super().__init__(params, defaults, euclidean_lr=euclidean_lr)
 
     def rule(self, group: dict[str, Any]) -> Rule:
+        for name in ("rotation", "spectrum", "scale"):
+            check_number(name, group[name], self.defaults[name])
+            if not 0 <= group[name] < float("inf"):
+                raise ValueError(f"{name} needs to be >= 0, got {group[name]}; leave it out")
         metric = metric_named(group["metric"], group["retraction"])
         if group["geometry"] == "euclidean":
             beta1, beta2 = group["betas"]

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import Literal
 
 import torch
@@ -37,11 +38,16 @@ class Polyak:
             raise ValueError(
                 f"Polyak needs a finite lower_bound, got {self.lower_bound}; pass 0.0 for losses >= 0"
             )
+        check_number("Polyak's floor", self.floor, 1e-12)
         if not 0 < self.floor < math.inf:
             raise ValueError(f"Polyak needs floor > 0, got {self.floor}; pass e.g. 1e-12")
         if isinstance(self.max_lr, str) and self.max_lr == "lr" or self.max_lr is None:
             return
-        if isinstance(self.max_lr, str) or not self.max_lr > 0:
+        if (
+            isinstance(self.max_lr, bool)
+            or not isinstance(self.max_lr, Real)
+            or not self.max_lr > 0
+        ):
             raise ValueError(
                 f"Polyak needs max_lr > 0, 'lr' or None, got {self.max_lr!r}; pass None for no cap"
             )
@@ -80,11 +86,12 @@ class Polyak:
 def scalars(loss: float | Tensor, bound: float | Tensor, ahead: list[Tensor]) -> Tensor:
     """What a step size is made of: the loss, its bound and the sum of `ahead`, over all processes.
 
-    Shapes: all () -> (3,).
+    Shapes: all (), or one number in any shape for the first two -> (3,).
     """
     like = ahead[0] if ahead else torch.zeros(())
     kind = torch.promote_types(like.dtype, torch.float32)
-    first = [torch.as_tensor(value).detach().to(like.device, kind) for value in (loss, bound)]
+    given = (torch.as_tensor(value).detach().reshape(()) for value in (loss, bound))
+    first = [value.to(like.device, kind) for value in given]
     total = sum((term.to(like.device, kind) for term in ahead), torch.zeros_like(first[0]))
     return over_processes(torch.stack([*first, total]))
 

@@ -5,6 +5,8 @@ import math
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from lowrank_geo.optim.values import check_count, check_number
+
 
 def warmup_stable_decay(
     optimizer: Optimizer, total_steps: int, *, warmup: float = 0.05, decay: float = 0.5
@@ -14,12 +16,14 @@ def warmup_stable_decay(
     Units: warmup and decay are fractions of total_steps.
     Raises: ValueError if they are negative or add up to more than 1.
     """
-    if warmup < 0 or decay < 0 or warmup + decay > 1:
+    check_number("warmup", warmup, 0.05)
+    check_number("decay", decay, 0.5)
+    if not (warmup >= 0 and decay >= 0 and warmup + decay <= 1):
         raise ValueError(
             f"warmup_stable_decay needs warmup, decay >= 0 with a sum <= 1, got {warmup} and {decay}; "
             "shorten one of them"
         )
-    check_steps("warmup_stable_decay", total_steps)
+    check_run("warmup_stable_decay", optimizer, total_steps)
 
     def factor(step: int) -> float:
         rise = (step + 1) / max(warmup * total_steps, 1)
@@ -37,11 +41,13 @@ def cosine(
     Units: warmup is a fraction of total_steps, floor one of the peak.
     Raises: ValueError if either is out of [0, 1].
     """
+    check_number("warmup", warmup, 0.05)
+    check_number("floor", floor, 0.0)
     if not (0 <= warmup <= 1 and 0 <= floor <= 1):
         raise ValueError(
             f"cosine needs warmup and floor in [0, 1], got {warmup} and {floor}; pass fractions"
         )
-    check_steps("cosine", total_steps)
+    check_run("cosine", optimizer, total_steps)
 
     def factor(step: int) -> float:
         first = warmup * total_steps
@@ -55,11 +61,15 @@ def cosine(
 
 def constant(optimizer: Optimizer) -> LambdaLR:
     """The same learning rate throughout."""
+    check_run("constant", optimizer, 1)
     return LambdaLR(optimizer, lambda step: 1.0)
 
 
-def check_steps(call: str, total_steps: int) -> None:
-    """Raise ValueError unless there is at least one step."""
+def check_run(call: str, optimizer: Optimizer, total_steps: int) -> None:
+    """Raise TypeError or ValueError unless there are an optimizer and at least one step."""
+    if not hasattr(optimizer, "param_groups"):
+        raise TypeError(f"{call} needs an optimizer, got {optimizer!r}; pass the optimizer first")
+    check_count(f"{call}'s total_steps", total_steps, 1000)
     if total_steps < 1:
         raise ValueError(
             f"{call} needs total_steps >= 1, got {total_steps}; pass the length of the run"

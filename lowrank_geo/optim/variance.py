@@ -47,7 +47,9 @@ class Variance:
         check_number("eps", self.eps, 1e-8)
         if not self.eps >= 0:
             raise ValueError(f"Variance needs eps >= 0, got {self.eps}; pass e.g. 1e-8")
-        if self.gamma is not None and not self.gamma >= 0:
+        if self.gamma is not None:
+            check_number("gamma", self.gamma, 0.95)
+        if self.gamma is not None and not 0 <= self.gamma < float("inf"):
             raise ValueError(f"Variance needs gamma >= 0, got {self.gamma}; pass e.g. 0.95")
         if not 0 <= self.nu <= 1:
             raise ValueError(f"Variance needs nu in [0, 1], got {self.nu}; pass 1.0")

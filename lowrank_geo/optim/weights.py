@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lowrank_geo.optim.values import check_number
+
 FRESH = (0.0, 0.0, 0.0)  # steps counted, sum of weights, largest learning rate
 
 
@@ -25,6 +27,7 @@ class Weights:
 
     def __post_init__(self) -> None:
         for name in ("lr_power", "step_power"):
+            check_number(f"Weights' {name}", getattr(self, name), 1.0)
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(
                     f"Weights needs {name} >= 0, got {getattr(self, name)}; pass e.g. 1.0"
@@ -57,7 +60,7 @@ def weights_named(weights: str | Weights) -> Weights:
     """
     if isinstance(weights, Weights):
         return weights
-    if weights not in NAMED:
+    if not isinstance(weights, str) or weights not in NAMED:
         raise ValueError(
             f"weights need to be a Weights(...) or one of {', '.join(sorted(NAMED))}, got {weights!r}; "
             "use one of them"
