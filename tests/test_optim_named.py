@@ -7,6 +7,9 @@ from torch import nn
 
 from lowrank_geo import convert, diagnostics, lowrank_layers, optim
 from lowrank_geo.optim import OPTIMIZERS, ScheduleFree
+from lowrank_geo.optim.directions import Identity
+from lowrank_geo.optim.filters import EMA, FSGDM, QHM, HeavyBall, Nesterov
+from lowrank_geo.optim.weights import NAMED
 from lowrank_geo.train.step import averaged, descend
 
 
@@ -53,6 +56,15 @@ def test_every_name_trains_convolutions(name):
 def test_the_method_that_follows_the_run_needs_its_length():
     with pytest.raises(ValueError, match="'fsgdm' needs total_steps, got None"):
         optim.build("fsgdm", Net())
+
+
+def test_every_filter_and_every_weight_of_an_average_has_a_name():
+    made = [optim.build(name, nn.Linear(2, 2), total_steps=9) for name in OPTIMIZERS]
+    rules = [o.rule(o.param_groups[0]) for o in made if isinstance(o, optim.RiemannianSGD)]
+    plain = {type(rule.filter) for rule in rules if isinstance(rule.direction, Identity)}
+    assert plain == {HeavyBall, EMA, Nesterov, QHM, FSGDM}
+    averages = [o for o in made if isinstance(o, ScheduleFree)]
+    assert {o._weights for o in averages} == {NAMED["squared"], NAMED["schedulet"]}
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones():

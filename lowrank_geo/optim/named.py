@@ -54,10 +54,15 @@ def fsgdm(groups: Groups, total_steps: int | None) -> Optimizer:
 
 
 def schedule_free(
-    cls: Callable[..., RiemannianOptimizer], polyak: Polyak | None = None, **settings: Any
+    cls: Callable[..., RiemannianOptimizer],
+    polyak: Polyak | None = None,
+    weights: str = "squared",
+    **settings: Any,
 ) -> Callable[[Groups, int | None], Optimizer]:
     """`ScheduleFree` around an optimizer without momentum of its own."""
-    return lambda groups, total_steps: ScheduleFree(cls(groups, **settings), step_size=polyak)
+    return lambda groups, total_steps: ScheduleFree(
+        cls(groups, **settings), step_size=polyak, weights=weights
+    )
 
 
 OPTIMIZERS: dict[str, Named] = {
@@ -82,9 +87,15 @@ OPTIMIZERS: dict[str, Named] = {
     "schedule-free-polyak": Named(
         schedule_free(RiemannianAdam, Polyak(max_lr="lr"), betas=(0.0, 0.95)), 2e-2, 2e-2
     ),
+    "schedule-free-schedulet": Named(
+        schedule_free(RiemannianMuon, weights="schedulet", momentum=0.0, betas=(0.0, 0.95)),
+        8e-2,
+        2e-3,
+    ),
     "schedule-free-sgd": Named(schedule_free(RiemannianSGD, momentum=0.0), 1.0, 1.0),
     "sgd": Named(of(RiemannianSGD), 0.3, 0.3),
     "sgd-clipped": Named(momentum(EMA(0.9), clip=1.0), 1.0, 1.0),
+    "sgd-ema": Named(momentum(EMA(0.9)), 1.0, 1.0),
     "sgd-nesterov": Named(of(RiemannianSGD, nesterov=True), 0.1, 0.1),
     "sgd-plain": Named(of(RiemannianSGD, momentum=0.0), 1.0, 1.0),
     "signsgd": Named(of(RiemannianSignum, momentum=0.0), 5e-4, 5e-4),
