@@ -108,10 +108,23 @@ def carry_mixed(state, M, N):
     return state and (M @ state[0] @ N.mT, M**2 @ state[1] @ (N**2).mT)
 
 
+def aged_adam(S, g, state, step):
+    """Each entry has its own count of steps."""
+    m, v, age = (torch.zeros_like(S) for _ in range(3)) if state is None else state
+    m, v, age = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2, age + 1
+    hat = (m / (1 - 0.9**age)) / ((v / (1 - 0.999**age)).sqrt() + 1e-8)
+    return S - LR * hat, (m, v, age)
+
+
+def carry_aged(state, M, N):
+    return state and (*carry_mixed(state[:2], M, N), M**2 @ state[2] @ (N**2).mT)
+
+
 METHODS = {
     "heavy ball": (AugmentedHeavyBall, {}, heavy_ball, carry_momentum),
     "adam": (AugmentedAdam, {}, adam, carry_square_root),
     "adam, mixed": (AugmentedAdam, {"second": "mixed"}, adam, carry_mixed),
+    "adam, aged": (AugmentedAdam, {"second": "mixed", "age": True}, aged_adam, carry_aged),
 }
 
 

@@ -9,7 +9,13 @@ import torch
 from torch import nn
 
 from lowrank_geo.layers import LowRankLinear
-from lowrank_geo.optim import RiemannianLion, RiemannianSGD, RiemannianSignum, param_groups
+from lowrank_geo.optim import (
+    RiemannianAdam,
+    RiemannianLion,
+    RiemannianSGD,
+    RiemannianSignum,
+    param_groups,
+)
 from lowrank_geo.optim.filters import EMA, FSGDM, QHM, HeavyBall, Nesterov, NesterovEMA
 
 
@@ -78,36 +84,66 @@ def test_the_state_driven_by_a_wave_answers_with_the_transfer_function(filter, o
     assert abs(response(filter, omega, tau=tau) - expected) < 1e-4 * abs(expected)
 
 
-def test_kept_norms_keep_the_gain_of_the_filter():
-    """Projection shortens the momentum; with keep_norm every step carries all of it."""
-    layer = LowRankLinear(12, 10, 2, bias=False)
-    losses = {}
-    for keep in (False, True):
-        twin = copy.deepcopy(layer)
-        optimizer = RiemannianSGD(param_groups(twin), lr=0.3, keep_norm=keep)
-        torch.manual_seed(1)
-        for _ in range(5):
-            optimizer.zero_grad()
-            (twin(torch.randn(8, 12)) * torch.randn(8, 10)).sum().backward()
-            optimizer.step()
-        norms = [optimizer.state[p]["momentum"].square().sum() for p in twin.point]
-        losses[keep] = float(torch.stack(norms).sum().sqrt())
-        assert min(optimizer.transports().values()) < 1
-    assert losses[True] > losses[False]
+@pytest.mark.parametrize("omega", [0.0, 0.3, math.pi])
+@pytest.mark.parametrize("filter", [HeavyBall(0.9), FSGDM(100), EMA(0.9)], ids=str)
+def test_the_state_of_a_low_rank_layer_answers_a_wave_like_any_other(filter, omega):
+    """Real and imaginary part drive two layers of a batch, which rest at lr = 0, so that transport is the identity."""
+    layers = nn.ModuleList(LowRankLinear(5, 4, 2, bias=False).double() for _ in range(2))
+    optimizer = RiemannianSGD(param_groups(layers, lr=0.0), filter=filter)
+    xi = [torch.randn(p.shape, dtype=torch.float64) for p in layers[0].point]
+    for n in range(600):
+        drive = cmath.exp(1j * omega * n)
+        for layer, part in zip(layers, (drive.real, drive.imag), strict=True):
+            for p, tangent in zip(layer.point, gauged(layer, xi), strict=True):
+                p.grad = part * tangent
+        optimizer.step()
+    u, v, *_ = (float(x) for x in filter.coefficients(steps(600)))
+    answer = v / (1 - u * cmath.exp(-1j * omega)) * drive
+    for layer, part in zip(layers, (answer.real, answer.imag), strict=True):
+        for p, tangent in zip(layer.point, gauged(layer, xi), strict=True):
+            error = (optimizer.state[p]["momentum"] - part * tangent).abs().max()
+            assert error < 1e-4 * abs(answer) * tangent.abs().max()
+
+
+def gauged(layer, xi):
+    """Tangent coordinates from any three matrices."""
+    U, _, V = (p.detach() for p in layer.point)
+    up, core, vp = xi
+    return up - U @ (U.mT @ up), core, vp - V @ (V.mT @ vp)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_kept_norms_keep_the_gain_of_the_filter(keep):
+    """Projection shortens u m + g; with keep_norm the next step finds all of it."""
+    layer = LowRankLinear(12, 10, 2, bias=False, dtype=torch.float64)
+    optimizer = RiemannianSGD(param_groups(layer), lr=0.3, momentum=0.9, keep_norm=keep)
+    for _ in range(5):
+        optimizer.zero_grad()
+        x, y = (torch.randn(8, size, dtype=torch.float64) for size in (12, 10))
+        (layer(x) * y).sum().backward()
+        m = [optimizer.state[p]["momentum"] for p in layer.point]
+        filtered = [0.9 * a + p.grad for a, p in zip(m, layer.point, strict=True)]
+        optimizer.step()
+        before = torch.cat([part.flatten() for part in filtered]).norm()
+        after = torch.cat([optimizer.state[p]["momentum"].flatten() for p in layer.point]).norm()
+        (tau,) = optimizer.transports().values()
+        assert tau < 0.999
+        assert (after / before).item() == pytest.approx(1.0 if keep else tau, rel=1e-6)
 
 
 def train(module, make, count=1024):
-    """1024 steps of a linear regression in float64; the trained parameters."""
+    """1024 steps of a linear regression in float64; the parameters after each."""
     twin = copy.deepcopy(module)
     optimizer = make(twin.parameters())
     x = torch.randn(32, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    target = x.sin().sum(1, keepdim=True)
+    target, found = x.sin().sum(1, keepdim=True), []
     for step in range(count):
         rows = slice(step % 4 * 8, step % 4 * 8 + 8)
         optimizer.zero_grad()
         (twin(x[rows]) - target[rows]).square().mean().backward()
         optimizer.step()
-    return torch.cat([p.detach().flatten() for p in twin.parameters()])
+        found.append(torch.cat([p.detach().flatten() for p in twin.parameters()]))
+    return torch.stack(found)
 
 
 SAME = {
@@ -131,6 +167,30 @@ SAME = {
         lambda p: RiemannianSGD(p, lr=0.02, filter=FSGDM(1, c=1 / 9)),
         lambda p: torch.optim.SGD(p, lr=0.02, momentum=0.9),
     ),
+    "heavy ball": (
+        lambda p: RiemannianSGD(p, lr=0.02, filter=HeavyBall(0.9)),
+        lambda p: torch.optim.SGD(p, lr=0.02, momentum=0.9),
+    ),
+    "an average is heavy ball with dampening": (
+        lambda p: RiemannianSGD(p, lr=0.2, filter=EMA(0.9)),
+        lambda p: Damped(p, lr=0.2, momentum=0.9, dampening=0.9),
+    ),
+    "coordinates clipped after the average": (
+        lambda p: clipping(RiemannianSGD(p, lr=0.2, filter=EMA(0.9), clip=0.05)),
+        lambda p: clipping(ClippedSGD(p, lr=0.2)),
+    ),
+    "AdamW": (
+        lambda p: RiemannianAdam(p, lr=0.01, betas=(0.95, 0.95), weight_decay=0.1),
+        lambda p: torch.optim.AdamW(p, lr=0.01, betas=(0.95, 0.95), weight_decay=0.1),
+    ),
+    "RMSprop from zero, corrected for it, is Adam without a first moment": (
+        lambda p: RiemannianAdam(p, lr=0.01, betas=(0.0, 0.95)),
+        lambda p: torch.optim.Adam(p, lr=0.01, betas=(0.0, 0.95)),
+    ),
+    "Signum is the sign of the average": (
+        lambda p: RiemannianSignum(p, lr=1e-3, momentum=0.9),
+        lambda p: Lion(p, lr=1e-3, betas=(0.9, 0.9)),
+    ),
     "Signum without momentum is the sign of the gradient": (
         lambda p: RiemannianSignum(p, lr=1e-3, momentum=0.0),
         lambda p: SignSGD(p, lr=1e-3),
@@ -149,6 +209,41 @@ class SignSGD(torch.optim.SGD):
         for p in self.param_groups[0]["params"]:
             p.grad.sign_()
         super().step()
+
+
+class Damped(torch.optim.SGD):
+    """The buffer of torch starts with the whole first gradient; this one starts from zero, as all later ones count."""
+
+    def __init__(self, params, lr, momentum, dampening):
+        super().__init__(params, lr=lr, momentum=momentum, dampening=dampening)
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+
+
+class ClippedSGD(torch.optim.Optimizer):
+    """p ← p − lr·clip(m, ±0.05) with m ← 0.9 m + 0.1 g."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, dict(lr=lr))
+
+    @torch.no_grad()
+    def step(self):
+        for p in self.param_groups[0]["params"]:
+            m = self.state[p].setdefault("m", torch.zeros_like(p))
+            m.mul_(0.9).add_(0.1 * p.grad)
+            p -= self.param_groups[0]["lr"] * m.clamp(-0.05, 0.05)
+
+
+def clipping(optimizer):
+    """Gradients clipped to a norm of 1 before each step."""
+    take = optimizer.step
+
+    def step():
+        torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
+        take()
+
+    optimizer.step = step
+    return optimizer
 
 
 class Lion(torch.optim.Optimizer):

@@ -135,12 +135,14 @@ def trajectory(net, make, count=1024):
     twin = copy.deepcopy(net)
     optimizer = make(twin.parameters())
     x = torch.randn(32, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    found = []
     for step in range(count):
         rows = slice(step % 4 * 8, step % 4 * 8 + 8)
         optimizer.zero_grad()
         (twin(x[rows]) - x[rows].sin().sum(1, keepdim=True)).square().mean().backward()
         optimizer.step()
-    return torch.cat([p.detach().flatten() for p in twin.parameters()])
+        found.append(torch.cat([p.detach().flatten() for p in twin.parameters()]))
+    return torch.stack(found)
 
 
 @pytest.mark.parametrize("kind", SETTINGS)
