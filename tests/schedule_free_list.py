@@ -24,6 +24,28 @@ FORMS = {
 every_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 
 
+class Regression:
+    """A convex loss of 60 samples with a known minimiser: absolute errors, 0 there, or squares of noisy targets."""
+
+    def __init__(self, kind, samples=60, size=12):
+        self.A, self.kind = torch.randn(samples, size), kind
+        self.solution = torch.randn(size)
+        self.targets = self.A @ self.solution
+        if kind == "squares":
+            self.targets += torch.randn(samples)
+            self.solution = torch.linalg.lstsq(self.A, self.targets).solution
+
+    def __call__(self, w, rows=slice(None)):
+        errors = self.A[rows] @ w - self.targets[rows]
+        return errors.abs().mean() if self.kind == "absolute" else errors.square().mean() / 2
+
+    def gap(self, w):
+        return self(w) - self(self.solution)
+
+
+every_regression = pytest.mark.parametrize("kind", ["absolute", "squares"])
+
+
 def build(net, form=FORMS["collapsed"], inner="adam", **groups):
     groups = {"lr": 0.02, "euclidean_lr": 0.02, "weight_decay": 0.1, **groups}
     optimizer = ScheduleFree(INNER[inner](param_groups(net, **groups)), model=net, **form)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from optimizer_list import Net
 from oracles import dense, tangent_projection
+from schedule_free_list import Regression, every_regression
 from torch import nn
 
 from lowrank_geo.geometry import Point
@@ -42,25 +43,26 @@ def regression(samples=60, size=12):
     return A, solution
 
 
+@every_regression
 @pytest.mark.parametrize("beta", [0.0, 0.5, 0.9])
 @pytest.mark.parametrize("batch", [60, 6])
-def test_average_is_within_its_bound_after_every_step(beta, batch):
-    """f(x_T) − f* ≤ GD/√T with G the largest gradient seen, c = 1/t, no cap, no momentum; worst of 24 runs 0.71."""
-    A, solution = regression()
+def test_average_is_within_its_bound_after_every_step(kind, beta, batch):
+    """f(x_T) − f* ≤ GD/√T with G the largest gradient seen, c = 1/t, no cap, no momentum, and the loss of the minimiser
+    on each batch as its bound; worst of 24 runs 0.71 for absolute errors, 0.77 for squares."""
+    problem = Regression(kind)
     w = nn.Parameter(torch.zeros(12))
     inner = RiemannianSGD([w], lr=1.0, momentum=0)
     optimizer = ScheduleFree(inner, beta=beta, weights="uniform", step_size=Polyak())
     optimizer.train()
-    D, G = solution.norm(), 0.0
+    D, G = problem.solution.norm(), 0.0
     for t in range(1, 501):
-        rows = A[torch.randint(60, (batch,))] if batch < 60 else A
+        rows = torch.randint(60, (batch,)) if batch < 60 else slice(None)
         optimizer.zero_grad()
-        loss = (rows @ (w - solution)).abs().mean()
+        loss = problem(w, rows)
         loss.backward()
         G = max(G, w.grad.norm())
-        optimizer.step(loss=loss)
-        gap = (A @ (optimizer.state[w]["x"] - solution)).abs().mean()
-        assert gap <= G * D / math.sqrt(t), t
+        optimizer.step(loss=loss, lower_bound=problem(problem.solution, rows))
+        assert problem.gap(optimizer.state[w]["x"]) <= G * D / math.sqrt(t), t
 
 
 def test_without_beta_it_is_the_polyak_step_of_gradient_descent():
