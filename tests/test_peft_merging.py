@@ -65,14 +65,28 @@ def test_a_disabled_merged_adapter_is_the_base(family, both):
 
 
 @every_family
-def test_what_is_not_finite_is_not_merged_safely(family, both):
-    last = layers(both)[-1]
+@pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
+def test_what_is_not_finite_is_not_merged_safely_in_any_layer(family, both, merge):
+    adapted = layers(both)
     with torch.no_grad():
-        last.triples("default")[0].S[0, 0] = float("inf")
-    weight = last.get_base_layer().weight.detach().clone()
-    with pytest.raises(ValueError, match="NaNs detected in the merged weights"):
-        both.merge_and_unload(safe_merge=True)
-    assert torch.equal(last.get_base_layer().weight, weight)
+        adapted[-1].triples("other")[0].S[0, 0] = float("inf")
+    weights = [layer.get_base_layer().weight.detach().clone() for layer in adapted]
+    with pytest.raises(ValueError, match="NaNs detected in the merged weights. The adapter other"):
+        getattr(both, merge)(safe_merge=True, adapter_names=["default", "other"])
+    assert layers(both) == adapted and not any(layer.merged for layer in adapted)
+    for layer, weight in zip(adapted, weights, strict=True):
+        assert torch.equal(layer.get_base_layer().weight, weight)
+
+
+@pytest.mark.parametrize("family", ["decoder"])
+@pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
+def test_an_unknown_adapter_is_not_merged_as_nothing(family, both, merge):
+    adapted = layers(both)
+    with pytest.raises(ValueError, match="Adapter missing does not exist"):
+        getattr(both, merge)(adapter_names=["default", "missing"])
+    with pytest.raises(TypeError, match="should be a list of strings, got 'default'"):
+        getattr(both, merge)(adapter_names="default")
+    assert layers(both) == adapted and not any(layer.merged for layer in adapted)
 
 
 @every_family

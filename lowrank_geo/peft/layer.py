@@ -162,16 +162,22 @@ class FixedRankLayer(nn.Module, BaseTunerLayer):
 
         Raises: ValueError with `safe_merge` if the result is not finite; nothing is changed then.
         """
-        for name in check_adapters_to_merge(self, adapter_names):
-            if name not in self.fixed_rank_delta:
-                continue
-            merged = self._with(name, 1)
-            if safe_merge and not torch.isfinite(merged).all():
+        names = check_adapters_to_merge(self, adapter_names)
+        if safe_merge:
+            self.check_finite(names)
+        for name in names:
+            if name in self.fixed_rank_delta:
+                self._write(self._with([name], 1))
+                self.merged_adapters.append(name)
+
+    def check_finite(self, names: Sequence[str]) -> None:
+        """Raise ValueError unless the weight stays finite when these adapters are merged in turn."""
+        mine = [name for name in names if name in self.fixed_rank_delta]
+        for count, name in enumerate(mine, 1):
+            if not torch.isfinite(self._with(mine[:count], 1)).all():
                 raise ValueError(
                     f"NaNs detected in the merged weights. The adapter {name} seems to be broken"
                 )
-            self._write(merged)
-            self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
         """Take merged adapters out of the weight of the base layer again."""
@@ -180,12 +186,13 @@ class FixedRankLayer(nn.Module, BaseTunerLayer):
         while self.merged_adapters:
             name = self.merged_adapters.pop()
             if name in self.fixed_rank_delta:
-                self._write(self._with(name, -1))
+                self._write(self._with([name], -1))
 
-    def _with(self, name: str, sign: int) -> Tensor:
+    def _with(self, names: Sequence[str], sign: int) -> Tensor:
         weight = read_weight(self.get_base_layer(), self.quantization_backend)
+        change: Any = sum(self.get_delta_weight(name) for name in names)
         # The sum is rounded to the precision of the weight once.
-        return (weight + sign * self.get_delta_weight(name).to(weight.device)).to(weight.dtype)
+        return (weight + sign * change.to(weight.device)).to(weight.dtype)
 
     def _write(self, weight: Tensor) -> None:
         write_weight(self, weight)

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import get_pattern_key
 from torch import nn
@@ -76,6 +76,39 @@ class FixedRankModel(BaseTuner):
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
+
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False
+    ) -> None:
+        """As in PEFT, but a merge that is refused changes no layer.
+
+        Raises: ValueError for an unknown adapter, and with `safe_merge` for weights that are not finite.
+        """
+        self._check_merge(adapter_names, safe_merge)
+        super().merge_adapter(adapter_names)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
+        if merge:
+            self._check_merge(adapter_names, safe_merge)
+        return super()._unload_and_optionally_merge(merge, progressbar, False, adapter_names)
+
+    def _check_merge(self, names: list[str] | None, finite: bool) -> None:
+        """Raise ValueError for what cannot be merged, before any layer is."""
+        if isinstance(names, str):
+            raise TypeError(f"adapter_names should be a list of strings, got {names!r}.")
+        if unknown := [name for name in names or () if name not in self.peft_config]:
+            raise ValueError(f"Adapter {unknown[0]} does not exist")
+        for module in self.modules() if finite else ():
+            if isinstance(module, FixedRankLayer):
+                wanted = module.active_adapters if names is None else names
+                with onload_layer(module):
+                    module.check_finite([n for n in wanted if n not in module.merged_adapters])
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

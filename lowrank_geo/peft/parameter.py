@@ -134,9 +134,10 @@ class ParamWrapper(FixedRankLayer):
         """What merging adds to the parameter, in its layout."""
         return self._change_of_parameter(adapter)
 
-    def _with(self, name: str, sign: int) -> Tensor:
+    def _with(self, names: Sequence[str], sign: int) -> Tensor:
         parameter = self.get_param().detach()
-        return (parameter + sign * self.get_delta_weight(name)).to(parameter.dtype)
+        change: Any = sum(self.get_delta_weight(name) for name in names)
+        return (parameter + sign * change).to(parameter.dtype)
 
     def _write(self, weight: Tensor) -> None:
         self.get_param().data = weight
