@@ -12,12 +12,12 @@ from torch import nn
 from lowrank_geo.peft.adapter import Adapter
 from lowrank_geo.peft.combination import combine_layers
 from lowrank_geo.peft.config import FixedRankConfig
+from lowrank_geo.peft.fits import check_base
 from lowrank_geo.peft.layer import FixedRankLayer
 from lowrank_geo.peft.layer_kinds import layer_class
 from lowrank_geo.peft.parameter import ParamWrapper
 from lowrank_geo.peft.quantized import quantization_of
 from lowrank_geo.peft.register import PREFIX
-from lowrank_geo.peft.stored import check_base
 
 
 class FixedRankModel(BaseTuner):

@@ -1,17 +1,16 @@
 """What an adapter's folder must be before a model is touched: readable, and of the ranks that it claims."""
 
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer
+import torch
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
-from torch import nn
-
-from lowrank_geo.peft.deltas import sizes_of
 
 WEIGHTS = "adapter_model.safetensors"
-DELTA = ".fixed_rank_delta."
+PICKLED = "adapter_model.bin"  # read by PEFT where there is no safetensors
+DELTA, START = ".fixed_rank_delta.", ".fixed_rank_start."
 PEFT = "base_model.model."
 HEADING = "## How to load this adapter"
 NOTE = """
@@ -30,14 +29,22 @@ import {module}
 
 
 def shapes_in(file: Path) -> dict[str, tuple[int, ...]]:
-    """The names and shapes in a safetensors file, read from its header alone.
+    """The names and shapes in a file of weights, without reading the weights themselves.
 
-    Raises: ValueError for a damaged file.
+    Raises: ValueError for a damaged file, and for a pickle of anything but tensors, which is never run.
     """
     try:
+        if file.suffix == ".bin":
+            pickled = torch.load(file, map_location="meta", weights_only=True)
+            return {key: tuple(value.shape) for key, value in pickled.items()}
         with safe_open(file, framework="pt") as stored:
             return {key: tuple(stored.get_slice(key).get_shape()) for key in stored.keys()}
-    except SafetensorError as error:
+    except (UnpicklingError, AttributeError) as error:
+        raise ValueError(
+            f"The adapter weights in '{file}' are damaged or hold more than tensors. Please save or download the "
+            "adapter again, as safetensors."
+        ) from error
+    except (SafetensorError, RuntimeError, EOFError) as error:
         raise ValueError(
             f"The adapter weights in '{file}' are damaged ({error}). Please save or download the adapter again."
         ) from error
@@ -48,40 +55,36 @@ def check_stored(folder: Path, config: Any) -> dict[str, tuple[int, ...]]:
 
     Raises: ValueError if the file is damaged or its ranks are not those of the configuration.
     """
-    file = folder / WEIGHTS
-    shapes = shapes_in(file) if file.is_file() else {}
+    file = next((folder / name for name in (WEIGHTS, PICKLED) if (folder / name).is_file()), None)
+    shapes = {} if file is None else shapes_in(file)
     for key, shape in shapes.items():
-        if DELTA not in key:
+        container = DELTA if DELTA in key else START
+        layer, found, factor = key.partition(container)
+        if not found:
             continue
-        layer, _, factor = key.partition(DELTA)
-        layer = layer.removeprefix(PEFT)
-        pattern = get_pattern_key(list(config.rank_pattern), layer)
-        rank = config.rank_pattern.get(pattern, config.r)
-        if len(shape) != 2 or shape[1] != rank or (factor.endswith("S") and shape[0] != rank):
+        ranks = ranks_of(plain_name(layer.removeprefix(PEFT)), config)
+        rank = shape[-1] if shape else 0
+        if len(shape) != 2 or rank not in ranks or (factor.endswith("S") and shape[0] != rank):
+            said = " or ".join(map(str, sorted(ranks)))
             raise ValueError(
-                f"The adapter weight '{key}' in '{file}' has shape {shape}, but the configuration says `r` = {rank}. "
+                f"The adapter weight '{key}' in '{file}' has shape {shape}, but the configuration says `r` = {said}. "
                 "Please check `r` and `rank_pattern` in adapter_config.json."
             )
     return shapes
 
 
-def check_base(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Raise ValueError unless the layers of a model have room for the stored factors."""
-    for key, shape in shapes.items():
-        name, _, factor = key.removeprefix(PEFT).partition(DELTA)
-        if not factor or factor not in ("U", "V"):
-            continue
-        try:
-            base = model.get_submodule(name)
-        except AttributeError:
-            continue  # PEFT reports it
-        base = base.get_base_layer() if isinstance(base, BaseTunerLayer) else base
-        rows = sizes_of(base)["UV".index(factor)]
-        if shape[0] != rows:
-            raise ValueError(
-                f"The adapter weight '{key}' has shape {shape}, which does not fit the base model: '{name}' needs "
-                f"{rows} rows there. Please load the adapter on the model that it was trained on."
-            )
+def plain_name(layer: str) -> str:
+    """The name in the plain model of a layer that may be wrapped, for parameters more than once."""
+    return ".".join(part for part in layer.split(".") if part != "base_layer")
+
+
+def ranks_of(layer: str, config: Any) -> set[int]:
+    """The rank that the configuration gives a layer, or those of its parameters, which one name stands for."""
+    parameters = [name.rpartition(".") for name in config.target_parameters or ()]
+    mine = [last for module, _, last in parameters if f".{layer}".endswith(f".{module}")]
+    patterns = list(config.rank_pattern)
+    keys = [f"{layer}.{name}" for name in mine] + ([] if mine else [layer])
+    return {config.rank_pattern.get(get_pattern_key(patterns, key), config.r) for key in keys}
 
 
 def note_in_card(folder: Path, module: str) -> None:
