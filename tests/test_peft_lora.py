@@ -203,10 +203,46 @@ def test_what_lora_cannot_hold_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_an_adapter_of_another_model_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    "family, changes, sentence",
+    [
+        ("encoder", {}, "not found in the base model"),
+        ("decoder", dict(num_hidden_layers=1), "not found in the base model"),
+        ("decoder", dict(hidden_size=64), "are for a weight of .*, which .* it has 64x64 there"),
+        ("decoder", dict(vocab_size=50), r"'lm_head.weight' has \(50, 32\)"),
+    ],
+)
+def test_an_adapter_of_another_model_is_refused_and_changes_nothing(
+    family, changes, sentence, tmp_path
+):
+    lora(modules_to_save=["lm_head"]).save_pretrained(tmp_path)
+    base = tiny(family, **changes)
+    modules = list(base.modules())
+    with pytest.raises(ValueError, match=sentence):
+        import_lora(base, tmp_path)
+    assert list(base.modules()) == modules and not hasattr(base, "peft_config")
+    assert all(p.requires_grad for p in base.parameters())
+
+
+@pytest.mark.parametrize(
+    "text, sentence",
+    [
+        ("{", "is no JSON"),
+        ("[]", "holds no settings by name"),
+        ('{"peft_type": "LORA"}', "`lora_alpha` of '.*' should be a number .* says None"),
+    ],
+)
+def test_settings_that_cannot_be_read_are_refused(text, sentence, tmp_path):
     lora().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="not found in the base model"):
-        import_lora(mlp(), tmp_path)
+    (tmp_path / "adapter_config.json").write_text(text)
+    with pytest.raises(ValueError, match=sentence):
+        import_lora(tiny("decoder"), tmp_path)
+
+
+def test_a_rank_of_zero_is_not_that_of_the_file(tmp_path):
+    lora().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="`r` should be a positive integer value .* passed is 0"):
+        import_lora(tiny("decoder"), tmp_path, r=0)
 
 
 def test_configurations_are_equal_after_a_round_trip(tmp_path):

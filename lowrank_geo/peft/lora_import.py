@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from lowrank_geo.geometry import Point
 from lowrank_geo.peft.combination import padded, weighted_sum
 from lowrank_geo.peft.config import FixedRankConfig
+from lowrank_geo.peft.fits import check_base, missing_layers, refuse_missing
 from lowrank_geo.peft.layer import FixedRankLayer
 from lowrank_geo.peft.lora_export import adapter_layers
-from lowrank_geo.peft.stored import PEFT, WEIGHTS, shapes_in
+from lowrank_geo.peft.stored import DELTA, PEFT, WEIGHTS, shapes_in
 
 EXACT = 1e-5  # relative; above the rounding of the decomposition in float32
 PART = re.compile(r"(?P<layer>.+)\.lora_(embedding_)?(?P<factor>[AB])(\.weight)?$")
@@ -51,13 +52,17 @@ def import_lora(
     Exact if r is at least the rank of every B A; None takes the ranks of the file. Otherwise each layer keeps its
     nearest matrix of rank r, and the largest relative error is printed.
 
-    Raises: ValueError for DoRA and other variants, damaged files, and layers that the model does not have.
+    Raises: ValueError for DoRA and other variants, damaged files, and layers and weights that the model does not have;
+        it is left as it was then.
     """
+    if r is not None and r < 1:
+        raise ValueError(f"`r` should be a positive integer value but the value passed is {r}.")
     settings, pairs, others = read_lora(Path(folder))
+    check_room(model, pairs, others)
     ranks = {key: len(pair.A) for key, pair in pairs.items()}
     config = FixedRankConfig(
-        r=r or max(ranks.values()),
-        rank_pattern={} if r else ranks,
+        r=max(ranks.values()) if r is None else r,
+        rank_pattern=ranks if r is None else {},
         target_modules=list(ranks),
         modules_to_save=settings.get("modules_to_save"),
         task_type=settings.get("task_type"),
@@ -87,7 +92,7 @@ def read_lora(folder: Path) -> tuple[dict[str, Any], dict[str, Pair], dict[str, 
     for needed in (file, settings_file):
         if not needed.is_file():
             raise ValueError(f"Can't find '{needed.name}' at '{folder}'")
-    settings = json.loads(settings_file.read_text("utf-8"))
+    settings = read_settings(settings_file)
     refuse_variants(settings, folder)
     shapes_in(file)  # says so if the file is damaged
     halves: dict[str, dict[str, Tensor]] = {}
@@ -104,6 +109,34 @@ def read_lora(folder: Path) -> tuple[dict[str, Any], dict[str, Pair], dict[str, 
         )
     pairs = {layer: pair_of(layer, half, settings) for layer, half in halves.items()}
     return settings, pairs, others
+
+
+def read_settings(file: Path) -> dict[str, Any]:
+    """The settings in adapter_config.json.
+
+    Raises: ValueError if the file is no JSON object.
+    """
+    try:
+        settings = json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"'{file}' is no JSON ({error}). Please save or download the adapter again."
+        ) from error
+    if not isinstance(settings, dict):
+        raise ValueError(
+            f"'{file}' holds no settings by name. Please save or download the adapter again."
+        )
+    return settings
+
+
+def check_room(model: nn.Module, pairs: dict[str, Pair], others: dict[str, Tensor]) -> None:
+    """Raise ValueError unless the model has all layers of the adapter, in its sizes."""
+    refuse_missing(missing_layers(model, pairs))
+    shapes = {key: tuple(value.shape) for key, value in others.items()}
+    for layer, (B, A) in pairs.items():
+        shapes[f"{PEFT}{layer}{DELTA}U"] = tuple(B.shape)
+        shapes[f"{PEFT}{layer}{DELTA}V"] = tuple(A.mT.shape)
+    check_base(model, shapes)
 
 
 def refuse_variants(settings: dict[str, Any], folder: Path) -> None:
@@ -125,7 +158,7 @@ def refuse_variants(settings: dict[str, Any], folder: Path) -> None:
 def pair_of(layer: str, half: dict[str, Tensor], settings: dict[str, Any]) -> Pair:
     """B A of a layer with alpha / r, or alpha / √r, in B.
 
-    Raises: ValueError if the two factors do not fit together.
+    Raises: ValueError if the two factors do not fit together, or alpha is missing.
     """
     A, B = half["A"].flatten(1), half["B"].flatten(1)
     if B.shape[1] != A.shape[0]:
@@ -134,23 +167,19 @@ def pair_of(layer: str, half: dict[str, Tensor], settings: dict[str, Any]) -> Pa
             "together. Please save or download the adapter again."
         )
     alphas = settings.get("alpha_pattern") or {}
-    alpha = alphas.get(get_pattern_key(list(alphas), layer), settings["lora_alpha"])
+    alpha = alphas.get(get_pattern_key(list(alphas), layer), settings.get("lora_alpha"))
+    if not isinstance(alpha, int | float):
+        raise ValueError(
+            f"`lora_alpha` of '{layer}' should be a number but adapter_config.json says {alpha!r}. Please save or "
+            "download the adapter again."
+        )
     rank = len(A)
     return Pair(B * (alpha / (rank**0.5 if settings.get("use_rslora") else rank)), A)
 
 
 def write(layer: FixedRankLayer, name: str, pair: Pair) -> float:
-    """Make B A, or the nearest matrix of its rank, the adapter of a layer; returns the relative error.
-
-    Raises: ValueError if the shapes are not those of the layer.
-    """
+    """Make B A, or the nearest matrix of its rank, the adapter of a layer; returns the relative error."""
     (triple,) = layer.triples(name)
-    m, n = triple.U.shape[0], triple.V.shape[0]
-    if (len(pair.B), pair.A.shape[1]) != (m, n):
-        raise ValueError(
-            f"The LoRA adapter changes a {len(pair.B)}x{pair.A.shape[1]} weight, but the base model has {m}x{n} there. "
-            "Please load the adapter on the model that it was trained on."
-        )
     factors = Point(pair.B, torch.eye(len(pair.A)), pair.A.mT)
     whole = weighted_sum([factors], [1.0], None)
     point = Point(*(x[:, : triple.rank] for x in (whole.U, whole.S[: triple.rank], whole.V)))
