@@ -2,6 +2,8 @@
 
 import csv
 import json
+import math
+import re
 import shutil
 
 import pytest
@@ -210,6 +212,9 @@ def test_a_quarter_is_held_out_and_nothing_is_in_both(folder):
         (["--length", "100000"], "length needs to be at most 512, the positions of this model"),
         (["--model", "/no/folder"], "--model needs a folder or hub name with a configuration"),
         (["--lr", "1e30"], "finetune needs a loss that stays finite, got nan; pass a smaller --lr"),
+        (["--targets", "LayerNorm"], "layers that can be adapted, got 'LayerNorm'"),
+        (["--task", "causal-lm"], "predicts each token from those before it, got BertLMHeadModel"),
+        (["--compare", "lora", "--seeds", "0"], "--seeds needs to be at least 1, got 0; raise it"),
         (["--r", "99"], "`r` should be a positive integer value not larger than 32"),
     ],
 )
@@ -220,9 +225,56 @@ def test_bad_input_is_one_sentence(folder, options, sentence):
     assert "Traceback" not in found.output
 
 
+@pytest.mark.parametrize("change", ["encoder-decoder", "no tokenizer", "few embeddings", "width"])
+def test_a_model_that_cannot_do_the_task_is_one_sentence(folder, change, tmp_path):
+    model, task = tmp_path / "model", "seq-cls"
+    shutil.copytree(folder / "encoder", model)
+    if change == "encoder-decoder":
+        tiny(change).save_pretrained(model)
+        sentence, task = "causal-lm needs a model with a head for it, got t5", "causal-lm"
+    elif change == "no tokenizer":
+        for file in model.glob("token*"):
+            file.unlink()
+        sentence = "--model needs a tokenizer with a vocabulary, got special tokens alone"
+    elif change == "few embeddings":
+        tiny("encoder", vocab_size=4).save_pretrained(model)
+        sentence = "got token 8 and 4 embeddings; use the tokenizer"
+    else:
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps(config | {"intermediate_size": 48}))
+        sentence = "in the file and .* in the model"
+    found = run("--model", model, "--task", task, "--data", folder / "rows.jsonl", "--steps", 1)
+    assert found.exit_code == 2 and re.search(sentence, found.stderr), found.output
+    assert len(found.stderr.strip().splitlines()) == 1
+
+
+def test_a_model_with_a_head_for_other_labels_gets_a_new_one(folder, tmp_path):
+    data = tmp_path / "rows.jsonl"
+    rows = [{"text": WORDS[i % 6], "label": f"word {i % 6}"} for i in range(48)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = settings(folder, data=str(data), steps=60, batch=12, lr=0.05, euclidean_lr=0.02)
+    assert finetune(config, tmp_path / "out")["accuracy"] > 0.9
+    written = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert written["labels"] == [f"word {i}" for i in range(6)]
+
+
+def test_texts_that_have_nothing_to_predict_are_left_out_or_refused(folder, tmp_path):
+    data = tmp_path / "rows.jsonl"
+    model = {"model": str(folder / "decoder"), "data": str(data), "task": "causal-lm"}
+    texts = ["red blue one", "red", "", " "] * 6
+    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    assert math.isfinite(finetune(settings(folder, **model, batch=1))["loss"])
+    data.write_text('{"text": "red"}\n' * 8)
+    with pytest.raises(ValueError, match="needs texts of two tokens or more, got none of 6 at"):
+        finetune(settings(folder, **model))
+
+
 @pytest.mark.parametrize(
     "text, sentence",
     [
+        ('{"text": " ", "label": "a"}\n', "row 1 of .* needs 'text', got ' '; write a text"),
+        ('{"text": ["a"], "label": "a"}\n', r"needs 'text' to be a text or a number, got \['a'\]"),
+        ("", "needs two labels or more, got 0"),
         ('{"text": "red"}\n', "row 1 of .* needs 'label', got none"),
         ('{"label": "red"}\n', "row 1 of .* needs 'text', got none"),
         ('{"text": "red", "label": "a"}\n' * 4, "needs two labels or more, got 1"),

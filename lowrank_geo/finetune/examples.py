@@ -54,20 +54,37 @@ def load_examples(data: str | None, task: str) -> Examples:
 
 
 def read_rows(data: str, *, labelled: bool) -> Iterable[tuple[str, str]]:
-    """(text, label) of every row, "" for no label.
+    """(text, label) of every row, "" for no label; rows without any text are left out where nothing else is in them.
 
     Raises: ValueError for a row without the fields, and for kinds of files that are not known.
     """
     rows = hub_rows(data) if data.startswith(PREFIX) else file_rows(data)
     wanted = ("text", "label") if labelled else ("text",)
     for number, row in enumerate(rows, 1):
-        if missing := [
-            name for name in wanted if not isinstance(row, dict) or row.get(name) is None
-        ]:
+        found = {name: field(row, name, number, data) for name in wanted}
+        if found["text"].strip():
+            yield found["text"], found.get("label", "")
+        elif labelled:
             raise ValueError(
-                f"row {number} of {data!r} needs {missing[0]!r}, got none; add the field to every row"
+                f"row {number} of {data!r} needs 'text', got {found['text']!r}; write a text, or remove the row"
             )
-        yield str(row["text"]), str(row["label"]) if labelled else ""
+
+
+def field(row: Any, name: str, number: int, data: str) -> str:
+    """One field of a row as text.
+
+    Raises: ValueError if it is not there, or neither text nor a number.
+    """
+    value = row.get(name) if isinstance(row, dict) else None
+    if value is None:
+        raise ValueError(
+            f"row {number} of {data!r} needs {name!r}, got none; add the field to every row"
+        )
+    if not isinstance(value, str | int | float):
+        raise ValueError(
+            f"row {number} of {data!r} needs {name!r} to be a text or a number, got {value!r}; convert it"
+        )
+    return str(value)
 
 
 def file_rows(data: str) -> Iterable[Any]:

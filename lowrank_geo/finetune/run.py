@@ -21,7 +21,7 @@ from lowrank_geo.finetune.memory import peak_bytes, reset_peak
 from lowrank_geo.finetune.methods import Allocation, method_named
 from lowrank_geo.finetune.models import base_model, check_fits
 from lowrank_geo.finetune.saving import check_empty, save
-from lowrank_geo.finetune.tokens import Collator, Tokens
+from lowrank_geo.finetune.tokens import Collator, Tokens, check_embedded
 from lowrank_geo.peft import RankCallback
 
 TASK_TYPES = {"seq-cls": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}
@@ -63,6 +63,11 @@ def finetune(
     set_seed(config.seed)
     model, tokenizer = base_model(config, examples)
     check_fits(model, config)
+    train, held_out = (
+        Tokens(rows, tokenizer, config) for rows in (examples.train, examples.held_out)
+    )
+    for tokens in (train, held_out):
+        check_embedded(model, tokens)
     model = chosen.wrap(model, config, TASK_TYPES[config.task])
     optimizer = chosen.make(model, config, chosen.rate(config))
     with tempfile.TemporaryDirectory() as scratch:
@@ -70,8 +75,8 @@ def finetune(
             model,
             arguments(config, scratch),
             data_collator=Collator(tokenizer, config.task),
-            train_dataset=Tokens(examples.train, tokenizer, config),
-            eval_dataset=Tokens(examples.held_out, tokenizer, config),
+            train_dataset=train,
+            eval_dataset=held_out,
             compute_metrics=accuracy if config.task == "seq-cls" else None,
             compute_loss_func=mean_loss if config.task == "seq-cls" else None,
             optimizers=(optimizer, None),
@@ -96,7 +101,7 @@ def finetune(
             tokenizer,
             out,
             method,
-            {**result, "config": asdict(config)},
+            {**result, "labels": examples.labels, "config": asdict(config)},
             trainer.state.log_history,
         )
     return result
