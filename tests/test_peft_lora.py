@@ -200,6 +200,13 @@ def test_what_lora_cannot_hold_is_refused(tmp_path):
         export_lora(model, tmp_path)
     with pytest.raises(ValueError, match="Adapter other does not exist"):
         export_lora(model, tmp_path, adapter_name="other")
+    with pytest.raises(ValueError, match="export_lora needs a PeftModel, got Sequential"):
+        export_lora(mlp(), tmp_path)
+    both = get_peft_model(mlp(), FixedRankConfig(r=2, target_modules=["4"]))
+    both.add_adapter("other", FixedRankConfig(r=2, target_modules=["6"]))
+    both.base_model.set_adapter(["default", "other"])
+    with pytest.raises(ValueError, match=r"the active adapters \['default', 'other'\] as one"):
+        export_lora(both, tmp_path)
     assert not list(tmp_path.iterdir())
 
 

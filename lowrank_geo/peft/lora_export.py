@@ -49,13 +49,21 @@ def export_lora(model: PeftModel, folder: str | Path, *, adapter_name: str | Non
 def chosen(model: PeftModel, name: str | None) -> str:
     """The adapter that is meant, the active one for None.
 
-    Raises: ValueError if there is no fixed-rank adapter of that name.
+    Raises: ValueError if there is no fixed-rank adapter of that name, or no single active one.
     """
-    active = model.active_adapter if name is None else name
-    active = active[0] if isinstance(active, list) else active
-    if not isinstance(model.peft_config.get(active), FixedRankConfig):
-        raise ValueError(f"Adapter {active} does not exist or is not a fixed-rank adapter")
-    return active
+    if not isinstance(model, PeftModel):
+        raise ValueError(
+            f"export_lora needs a PeftModel, got {type(model).__name__}. Please wrap it with `get_peft_model`."
+        )
+    active = model.active_adapters if name is None else [name]
+    if len(active) != 1:
+        raise ValueError(
+            f"Cannot export the active adapters {active} as one. Please pass `adapter_name`, or combine them with "
+            "`add_weighted_adapter` first."
+        )
+    if not isinstance(model.peft_config.get(active[0]), FixedRankConfig):
+        raise ValueError(f"Adapter {active[0]} does not exist or is not a fixed-rank adapter")
+    return active[0]
 
 
 def adapter_layers(model: nn.Module, name: str) -> list[tuple[str, FixedRankLayer]]:
