@@ -80,6 +80,8 @@ def test_a_second_adapter_that_cannot_be_made_leaves_the_first_alone():
         (dict(rank_pattern={"q": -1}), "positive integer value .* for 'q' is -1"),
         (dict(dropout=1.0), r"`dropout` should be in \[0, 1\) but the value passed is 1.0"),
         (dict(scale=0.0), "`scale` should be a positive number but the value passed is 0.0"),
+        (dict(scale="2"), "`scale` should be a positive number but the value passed is '2'"),
+        (dict(dropout="x"), r"`dropout` should be in \[0, 1\) but the value passed is 'x'"),
         (dict(init="best"), "Unknown `init` 'best'. Please use one of 'zero', 'gradient'"),
         (dict(bias="lora_only"), "Unknown `bias` 'lora_only'. Please use one of 'none', 'all'"),
         (dict(layers_pattern="h"), "`layers_to_transform` must also be specified"),
@@ -89,6 +91,12 @@ def test_a_second_adapter_that_cannot_be_made_leaves_the_first_alone():
 def test_settings_that_mean_nothing_are_refused(changes, sentence):
     with pytest.raises(ValueError, match=sentence):
         config(**changes)
+
+
+def test_a_block_pattern_that_names_no_layer_is_warned_of():
+    patterns = {"4": "(p d) n -> p d n", "nothing": "(p d) n -> p d n"}
+    with pytest.warns(RuntimeWarning, match=r"block_patterns keys did not match .*: \['nothing'\]"):
+        get_peft_model(mlp(), config(block_patterns=patterns, block_sizes={"p": 3}))
 
 
 def test_grouped_convolutions_are_refused():
@@ -182,6 +190,28 @@ def test_combinations_that_cannot_be_made(adapters, weights, combination, senten
     with pytest.raises(ValueError, match=sentence):
         model.add_weighted_adapter(adapters, weights, "sum", combination)
     assert list(model.peft_config) == ["default"]
+
+
+@pytest.mark.parametrize(
+    "weight, rank, sentence",
+    [
+        (float("nan"), None, r"`weights` should be finite numbers but got \[1.0, nan\]"),
+        (1.0, 0, "`svd_rank` should be a positive integer value but the value passed is 0"),
+        (1.0, -1, "`svd_rank` should be a positive integer value but the value passed is -1"),
+        (1.0, None, "NaNs detected in the weights to combine. The adapter other seems"),
+    ],
+)
+def test_a_sum_that_cannot_be_computed_leaves_no_adapter(weight, rank, sentence):
+    model = get_peft_model(mlp(), config())
+    model.add_adapter("other", config(r=2))
+    if sentence.startswith("NaNs"):
+        last = [m for m in model.modules() if isinstance(m, FixedRankLayer)][-1]
+        with torch.no_grad():
+            last.triples("other")[0].S[0, 0] = float("nan")
+    keys = list(model.state_dict())
+    with pytest.raises(ValueError, match=sentence):
+        model.add_weighted_adapter(["default", "other"], [1.0, weight], "sum", svd_rank=rank)
+    assert list(model.peft_config) == ["default", "other"] and list(model.state_dict()) == keys
 
 
 def test_an_empty_backward_leaves_no_gradients_behind():

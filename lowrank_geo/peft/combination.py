@@ -1,5 +1,6 @@
 """A weighted sum of adapters as an adapter."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -44,6 +45,7 @@ def combine_layers(
 ) -> None:
     """See `FixedRankModel.add_weighted_adapter`."""
     check_combination(model, adapters, weights, adapter_name, combination_type)
+    check_finite(model, adapters, weights, svd_rank)
     configs = [model.peft_config[name] for name in adapters]
     ranks = rank_pattern(model, adapters, combination_type, svd_rank)
     largest = max(config.r for config in configs)
@@ -134,6 +136,25 @@ def completed(Q: torch.Tensor, rank: int) -> torch.Tensor:
     for _ in range(2):  # once is not enough where a draw lies almost in the span
         extra = torch.linalg.qr(extra - Q @ (Q.mT @ extra))[0]
     return torch.cat([Q, extra], 1)
+
+
+def check_finite(
+    model: Any, adapters: Sequence[str], weights: Sequence[float], svd_rank: int | None
+) -> None:
+    """Raise ValueError for a rank below 1, and weights or factors that are not finite."""
+    if svd_rank is not None and svd_rank < 1:
+        raise ValueError(
+            f"`svd_rank` should be a positive integer value but the value passed is {svd_rank}."
+        )
+    if not all(map(math.isfinite, weights)):
+        raise ValueError(f"`weights` should be finite numbers but got {list(weights)}.")
+    for _, layer in layers(model):
+        for name in adapters:
+            factors = [factor for triple in layer.triples(name) for factor in triple.point]
+            if not all(torch.isfinite(factor).all() for factor in factors):
+                raise ValueError(
+                    f"NaNs detected in the weights to combine. The adapter {name} seems to be broken"
+                )
 
 
 def check_combination(

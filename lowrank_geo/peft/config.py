@@ -80,13 +80,13 @@ class FixedRankConfig(PeftConfig):
                 raise ValueError(
                     f"`r` should be a positive integer value but the value passed for '{where}' is {rank!r}."
                 )
-        if not 0 <= self.dropout < 1:
+        if not is_number(self.dropout) or not 0 <= self.dropout < 1:
             raise ValueError(
-                f"`dropout` should be in [0, 1) but the value passed is {self.dropout}."
+                f"`dropout` should be in [0, 1) but the value passed is {self.dropout!r}."
             )
-        if not 0 < self.scale < float("inf"):
+        if not is_number(self.scale) or not 0 < self.scale < float("inf"):
             raise ValueError(
-                f"`scale` should be a positive number but the value passed is {self.scale}."
+                f"`scale` should be a positive number but the value passed is {self.scale!r}."
             )
         for name, value, known in (("init", self.init, INITS), ("bias", self.bias, BIASES)):
             if value not in known:
@@ -131,6 +131,10 @@ class FixedRankConfig(PeftConfig):
         folder = Path(pretrained_model_name_or_path, subfolder or "")
         config.stored_shapes = check_stored(folder, config)
         return config
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def as_set(names: Any) -> Any:

@@ -1,5 +1,6 @@
 """The tuner: which layers of a model get an adapter, and what PEFT may do with them."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -41,6 +42,15 @@ class FixedRankModel(BaseTuner):
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)
             raise
+        names = self.targeted_module_names
+        used = {get_pattern_key(list(config.block_patterns), name) for name in names}
+        if ignored := sorted(config.block_patterns.keys() - used):
+            warnings.warn(
+                "The following block_patterns keys did not match any targeted module and were ignored: "
+                f"{ignored}.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def _create_and_replace(
         self,
