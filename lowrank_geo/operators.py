@@ -99,7 +99,8 @@ def retract(
     zero = square == 0
     Q = _retract.settle(K, torch.where(zero[:, None, None], 0.0, T), U, zero)
     UtQ, KtQ = _retract.products(U, K, Q)
-    return Q, KtQ.mT.contiguous(), UtQ
+    # Both are parts of one tensor, and the transpose of 1×1 is no copy.
+    return Q, KtQ.mT.clone(memory_format=torch.contiguous_format), UtQ
 
 
 def polar(

@@ -14,21 +14,24 @@ from lowrank_geo.optim import RiemannianMuon, param_groups
 STACKED = ("tangent", "transport", "retract", "polar", "spectral", "damped_factor", "apply")
 
 
+@pytest.mark.parametrize("shape", [(2, 9, 7, 3), (1, 1, 1, 1)], ids=str)
 @pytest.mark.parametrize("name", STACKED)
-def test_stacks_pass_opcheck(name):
-    torch.library.opcheck(getattr(binding, name), stacks(2, 9, 7, 3)[name])
+def test_stacks_pass_opcheck(name, shape):
+    torch.library.opcheck(getattr(binding, name), stacks(*shape)[name])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
-def test_the_layer_passes_opcheck_with_its_derivatives(bias, dtype):
-    given = layer(6, 9, 7, 3, dtype)["lowrank_linear"]
+@pytest.mark.parametrize("shape", [(6, 9, 7, 3), (1, 1, 1, 1)], ids=str)
+def test_the_layer_passes_opcheck_with_its_derivatives(shape, bias, dtype):
+    given = layer(*shape, dtype)["lowrank_linear"]
     given = [x.requires_grad_() for x in given[: None if bias else -1]]
     torch.library.opcheck(binding.lowrank_linear, tuple(given))
 
 
-def test_the_backward_passes_opcheck():
-    given = layer(6, 9, 7, 3, torch.float32)["lowrank_linear_backward"]
+@pytest.mark.parametrize("shape", [(6, 9, 7, 3), (1, 1, 1, 1)], ids=str)
+def test_the_backward_passes_opcheck(shape):
+    given = layer(*shape, torch.float32)["lowrank_linear_backward"]
     torch.library.opcheck(binding.lowrank_linear_backward, given)
 
 
