@@ -16,28 +16,24 @@ from lowrank_geo.kernels import spectral as _spectral
 from lowrank_geo.kernels import tangent as _tangent
 from lowrank_geo.kernels import transport as _transport
 from lowrank_geo.orthonormal import symmetric
+from lowrank_geo.precision import rounds_products
 from lowrank_geo.reference import fold
 
 tangent = _tangent.tangent
-
-
-def tf32() -> bool:
-    """Whether the user lets torch round float32 products of layers; steps of optimizers never do."""
-    return torch.get_float32_matmul_precision() != "highest"
 
 
 def lowrank_linear(
     x: Tensor, U: Tensor, S: Tensor, V: Tensor, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     left, middle = fold(x.shape[0], U.to(x.dtype), S.to(x.dtype))
-    return _linear.lowrank_linear(x, V, middle, left, bias, fast=tf32())
+    return _linear.lowrank_linear(x, V, middle, left, bias, fast=rounds_products())
 
 
 def lowrank_linear_backward(
     g: Tensor, x: Tensor, U: Tensor, S: Tensor, V: Tensor, a: Tensor, with_x: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As the twin; an unwanted ∂L/∂x has no elements."""
-    fast = tf32()
+    fast = rounds_products()
     if with_x:
         left, middle = fold(g.shape[0], V.to(g.dtype), S.to(g.dtype).mT)
         dx, b = _linear.lowrank_linear(g, U, middle, left, fast=fast)

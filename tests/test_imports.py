@@ -19,10 +19,11 @@ FOLDERS = {
 # The parts with a closed list of what of ours they import; the others are only kept free of cycles.
 MAY_IMPORT: dict[str, set[str]] = {
     "geometry": set(),
+    "precision": set(),
     "guard": set(),
     "kernels": {"kernels"},
     "reference": {"geometry", "msign", "orthonormal"},
-    "operators": {"kernels", "msign", "orthonormal", "reference"},
+    "operators": {"kernels", "msign", "orthonormal", "precision", "reference"},
     "binding": {"guard", "kernels", "operators"},
     "dispatch": {"binding", "kernels", "reference"},
     "gradients": {"guard"},
@@ -45,6 +46,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "geometry",
         "msign",
         "orthonormal",
+        "precision",
         "retraction",
         "guard",
         "branches",

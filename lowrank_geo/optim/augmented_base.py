@@ -15,6 +15,7 @@ from lowrank_geo.optim.cycle import Core, Cycle, propose_core, take_core, trunca
 from lowrank_geo.optim.groups import by_shape, gradients, points_of
 from lowrank_geo.optim.stacks import stack, store
 from lowrank_geo.optim.step import Rule
+from lowrank_geo.precision import full_precision
 
 
 class AugmentedOptimizer(RiemannianOptimizer):
@@ -76,6 +77,7 @@ class AugmentedOptimizer(RiemannianOptimizer):
         still = not isinstance(group["lr"], Tensor) and group["lr"] == 0
         return not still and any(S.grad is not None for S in group["params"][1::3])
 
+    @full_precision()
     def _propose(self, group: dict[str, Any], points: list[Point]) -> Pending:
         columns = list(zip(*points, strict=True))  # all U, all S, all V
         cycle = self.cycle(group)
@@ -85,6 +87,7 @@ class AugmentedOptimizer(RiemannianOptimizer):
         proposal = self._propose_core(cycle, event, core, gradient)
 
         @torch.no_grad()
+        @full_precision()
         def move(lr: float | Tensor) -> None:
             if not isinstance(lr, Tensor):
                 if lr == 0:
@@ -120,6 +123,7 @@ class AugmentedOptimizer(RiemannianOptimizer):
             store([self.state[S][name] for S in columns[1]], value)
 
     @torch.no_grad()
+    @full_precision()
     def truncate(self) -> None:
         """End the cycles now: truncate every matrix and start with an augmentation. Before evaluating, saving or
         exporting in the middle of a cycle.

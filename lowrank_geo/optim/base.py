@@ -19,6 +19,7 @@ from lowrank_geo.optim.groups import by_shape, counts, gradients, points_of, wit
 from lowrank_geo.optim.stacks import stack, stack_flat, store
 from lowrank_geo.optim.step import Rule, propose, take
 from lowrank_geo.optim.values import check_keys
+from lowrank_geo.precision import full_precision
 
 
 class Pending(NamedTuple):
@@ -156,6 +157,7 @@ class RiemannianOptimizer(Optimizer):
                 )
         return by_shape(points)
 
+    @full_precision()
     def _propose(self, group: dict[str, Any], points: list[Point]) -> Pending:
         columns = list(zip(*points, strict=True))  # all U, all S, all V
         rule = self.rule(group)
@@ -170,6 +172,7 @@ class RiemannianOptimizer(Optimizer):
         proposal = self._propose_step(rule, point, gradient, states.pop("momentum"), states, step)
 
         @torch.no_grad()
+        @full_precision()
         def move(lr: float | Tensor) -> None:
             if self._compiled is not None and not isinstance(
                 lr, Tensor
@@ -198,6 +201,7 @@ class RiemannianOptimizer(Optimizer):
             )
         return torch.stack([self.state[point.S]["step"] for point in points]).clamp(min=1)
 
+    @full_precision()
     def _propose_flat(self, group: dict[str, Any], params: list[Tensor]) -> Pending:
         states = [self.state[p] for p in params]
         kinds = [torch.promote_types(p.dtype, torch.float32) for p in params]
@@ -208,6 +212,7 @@ class RiemannianOptimizer(Optimizer):
         found = euclidean.directions(rule.filter, rule.direction, grads, states)
 
         @torch.no_grad()
+        @full_precision()
         def move(lr: float | Tensor) -> None:
             euclidean.descend(params, found, lr, group["weight_decay"])
 

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from lowrank_geo.geometry import Point, project_factors
 from lowrank_geo.optim.lora_pairs import Pair
+from lowrank_geo.precision import full_precision
 
 
+@full_precision()
 def give_gradients(pairs: Iterable[Pair], damping: float) -> None:
     """Set the gradients of the points, of one shape, from those of their factors: tangent coordinates."""
     pairs = list(pairs)

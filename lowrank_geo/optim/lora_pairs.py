@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lowrank_geo.geometry import Point
 from lowrank_geo.orthonormal import orthonormalize
+from lowrank_geo.precision import full_precision
 
 
 class Factors(NamedTuple):
@@ -57,6 +58,7 @@ def lora_pairs(model: nn.Module) -> Iterator[Pair]:
 
 
 @torch.no_grad()
+@full_precision()
 def point_of(B: Tensor, A: Tensor, scaling: float) -> Point:
     """s B A as a point of parameters of its own.
 
@@ -79,6 +81,7 @@ def written(pair: Pair) -> Pair:
 
 
 @torch.no_grad()
+@full_precision()
 def write(pair: Pair) -> None:
     """Make the factors those of the point: A = Vᵀ, B = U S / s."""
     pair.A.copy_(pair.point.V.mT)

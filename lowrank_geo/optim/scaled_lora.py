@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from lowrank_geo.optim.groups import by_shape
 from lowrank_geo.optim.lora_pairs import lora_factors
 from lowrank_geo.optim.stacks import stack, store
+from lowrank_geo.precision import full_precision
 
 LOOPS = {"fused", "foreach", "differentiable"}  # torch takes one of them at most
 FUSED = {"cpu", "cuda"}
@@ -76,6 +77,7 @@ def before_step(
 
 
 @torch.no_grad()
+@full_precision()
 def scale_gradients(pairs: list[tuple[nn.Parameter, nn.Parameter]], reg: float) -> None:
     """∂L/∂A ← (BᵀB + reg I)⁻¹ ∂L/∂A and ∂L/∂B ← ∂L/∂B (AAᵀ + reg I)⁻¹ in place, computed in float32 or better.
 

@@ -17,6 +17,7 @@ from lowrank_geo.optim.copies import attributes
 from lowrank_geo.optim.polyak import Polyak, scalars
 from lowrank_geo.optim.second_points import SecondPoints
 from lowrank_geo.optim.weights import Weights, weights_named
+from lowrank_geo.precision import full_precision
 
 REMINDERS = {
     "train": "without train() or eval(), so the parameters are y, where gradients are taken",
@@ -140,7 +141,7 @@ class ScheduleFree(Optimizer):
         if self._step_size is not None and loss is not None:
             bound = self._step_size.lower_bound if lower_bound is None else lower_bound
             values = scalars(loss, bound, self._ahead(of_triples=carry))
-        with self._at_z(carry):
+        with full_precision(), self._at_z(carry):
             self._descend(values)
             for group in self.param_groups:
                 iterates.average_in(group, self.state, self._average, self._weights)
@@ -166,6 +167,7 @@ class ScheduleFree(Optimizer):
         iterates.create(group, self.state)
 
     @torch.no_grad()
+    @full_precision()
     def _show(self, *, training: bool) -> None:
         for group in self.param_groups:
             group["train_mode"] = training
