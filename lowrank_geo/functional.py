@@ -38,13 +38,10 @@ def lowrank_linear(
     """x Wᵀ + bias with W = U S Vᵀ, in the dtype of x (or of autocast); W is never formed.
 
     Shapes: x (..., n), U (m, r), S (r, r), V (n, r), bias (m) -> (..., m).
-    Raises: ValueError if the last dimension of x is not n, or for an unknown `gradient`.
+    Raises: ValueError if shapes do not fit together, for tensors on several devices, or an unknown `gradient`;
+        TypeError for an x of integers.
     """
-    if x.shape[-1] != V.shape[0]:
-        raise ValueError(
-            f"lowrank_linear needs x with last dimension {V.shape[0]}, got {tuple(x.shape)}; "
-            "check the input features of the layer"
-        )
+    check_operands(x, U, S, V, bias)
     if gradient not in GRADIENTS:
         raise ValueError(
             f"lowrank_linear needs gradient 'factors' or 'tangent', got {gradient!r}; use one of them"
@@ -63,6 +60,34 @@ def lowrank_linear(
     left, right = fold(x.numel() // max(x.shape[-1], 1), U.to(x.dtype), S.to(x.dtype))
     a = x @ V.to(x.dtype)
     return F.linear(a if right is None else a @ right, left, bias)
+
+
+def check_operands(x: Tensor, U: Tensor, S: Tensor, V: Tensor, bias: Tensor | None) -> None:
+    """Raise ValueError or TypeError unless x fits to the factors of one layer.
+
+    Shapes: as `lowrank_linear`.
+    """
+    if x.shape[-1:] != V.shape[:1]:
+        raise ValueError(
+            f"lowrank_linear needs x with last dimension {V.shape[0]}, got {tuple(x.shape)}; "
+            "check the input features of the layer"
+        )
+    if not (x.is_floating_point() or x.is_complex()):
+        raise TypeError(
+            f"lowrank_linear needs an x of floating point, got {x.dtype}; convert it with x.float()"
+        )
+    (m, r), n = U.shape, V.shape[0]
+    given = [z for z in (U, S, V, bias) if z is not None]
+    if [z.shape for z in given] != [(m, r), (r, r), (n, r), (m,)][: len(given)]:
+        raise ValueError(
+            f"lowrank_linear needs U (m, r), S (r, r), V (n, r) and bias (m), got "
+            f"{[tuple(z.shape) for z in given]}; pass the factors of one layer"
+        )
+    if any(z.device != x.device for z in given):
+        raise ValueError(
+            f"lowrank_linear needs x and the factors on one device, got {x.device} and "
+            f"{', '.join(sorted({str(z.device) for z in given}))}; move one of them with .to()"
+        )
 
 
 def add_lowrank_linear(

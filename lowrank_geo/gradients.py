@@ -23,9 +23,14 @@ def autocast(x: Tensor) -> Tensor:
     Shapes: (...) -> (...).
     """
     device = x.device.type
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+    if x.dtype == torch.float64 or not is_autocast_on(device):
         return x
     return x.to(torch.get_autocast_dtype(device))
+
+
+def is_autocast_on(device: str) -> bool:
+    """As torch.is_autocast_enabled, which knows no device such as meta."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def keep(ctx: Any, inputs: tuple, a: Tensor) -> None:
@@ -37,7 +42,7 @@ def keep(ctx: Any, inputs: tuple, a: Tensor) -> None:
 
 def no_autocast(g: Tensor) -> AbstractContextManager:
     """A backward pass inside autocast would round the gauge to its dtype."""
-    if torch.is_autocast_enabled(g.device.type):
+    if is_autocast_on(g.device.type):
         return torch.autocast(g.device.type, enabled=False)
     return nullcontext()
 

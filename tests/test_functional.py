@@ -9,6 +9,7 @@ from oracles import dense, tangent_projection
 from torch.autograd import forward_ad
 from torch.func import grad, hessian, jvp, vjp, vmap
 
+from lowrank_geo.dispatch import use_backend
 from lowrank_geo.functional import lowrank_linear
 from lowrank_geo.geometry import Tangent, embed, norm
 
@@ -297,6 +298,38 @@ def test_refuses_x_of_another_width(problem):
     x, factors, bias, _ = problem(4, 7, 5, 2)
     with pytest.raises(ValueError, match=r"last dimension 5, got \(4, 3\); check the input"):
         lowrank_linear(x[:, :3], *factors, bias)
+
+
+BAD = {
+    "no dimension": (lambda x, U, S, V, b: (x[0, 0], U, S, V, b), r"last dimension 5, got \(\)"),
+    "integers": (lambda x, U, S, V, b: (x.long(), U, S, V, b), r"floating point, got torch.int64"),
+    "U of another rank": (lambda x, U, S, V, b: (x, U[:, :1], S, V, b), r"\[\(7, 1\), \(2, 2\)"),
+    "S not square": (lambda x, U, S, V, b: (x, U, S[:1], V, b), r"got \[\(7, 2\), \(1, 2\)"),
+    "V of another rank": (lambda x, U, S, V, b: (x, U, S, V[:, :1], b), r"\(5, 1\), \(7,\)"),
+    "a bias of one": (lambda x, U, S, V, b: (x, U, S, V, b[:1]), r"\(1,\)\]; pass the factors of one"),
+    "U elsewhere": (lambda x, U, S, V, b: (x, U.to("meta"), S, V, b), "got cpu and cpu, meta; move"),
+    "x elsewhere": (lambda x, U, S, V, b: (x.to("meta"), U, S, V, b), "got meta and cpu; move one"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("spoil, sentence", BAD.values(), ids=BAD)
+def test_refuses_operands_that_do_not_fit_in_one_sentence(problem, spoil, sentence, mode, backend):
+    x, factors, bias, _ = problem(4, 7, 5, 2, torch.float32)
+    operands = spoil(x.detach(), *(z.detach() for z in factors), bias.detach())
+    with use_backend(backend), pytest.raises((ValueError, TypeError), match=sentence) as refused:
+        lowrank_linear(*operands, gradient=mode)
+    assert str(refused.value).startswith("lowrank_linear needs")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_has_shapes_alone_on_meta(problem, mode):
+    x, factors, bias, _ = problem(4, 7, 5, 2, torch.float32)
+    operands = [z.detach().to("meta").requires_grad_() for z in (x, *factors, bias)]
+    y = lowrank_linear(*operands, gradient=mode)
+    y.sum().backward()
+    assert y.shape == (4, 7) and all(z.grad.shape == z.shape for z in operands)
 
 
 def test_refuses_an_unknown_gradient(problem):
