@@ -40,7 +40,7 @@ METHODS: dict[str, tuple[Make, float]] = {
     "momentum": (partial(RiemannianSGD, momentum=0.9), 0.005),
     "Adam": (partial(RiemannianAdam, betas=(0.9, 0.999)), 1e-3),
     "Adam, tied": (RiemannianAdam, 1e-3),
-    "Lion": (RiemannianLion, 2e-4),
+    "Lion": (RiemannianLion, 1.6e-3),
 }
 BATCHES = {"1": 1, "16": 16, "128": 128, "all": None}
 # The whole set takes one step an epoch: it gets ten times the epochs, and still far fewer steps; single samples get a
