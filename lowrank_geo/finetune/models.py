@@ -65,7 +65,7 @@ def named_in_errors(path: str) -> Iterator[None]:
         ) from error
 
 
-def load(auto: Any, path: str, labels: int) -> nn.Module:
+def load(auto: Any, path: str, labels: int) -> Any:
     """The model by transformers, with a new head where the saved one is for another number of labels, 0 for none.
 
     Raises: ValueError if other weights do not have the shapes of the configuration.

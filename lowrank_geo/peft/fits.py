@@ -14,14 +14,14 @@ ADVICE = "Please load the adapter on the model that it was trained on."
 
 
 class Size(NamedTuple):
-    """`count` changes of m × n: blocks of rows, or a stack of matrices."""
+    """Changes of m × n: blocks of rows, or a stack of matrices."""
 
-    count: int
+    blocks: int
     m: int
     n: int
 
     def __str__(self) -> str:
-        return f"{self.m}x{self.n}" if self.count == 1 else f"{self.count} of {self.m}x{self.n}"
+        return f"{self.m}x{self.n}" if self.blocks == 1 else f"{self.blocks} of {self.m}x{self.n}"
 
 
 def check_base(model: nn.Module, shapes: Shapes) -> None:
@@ -70,7 +70,7 @@ def refuse_missing(layers: list[str]) -> None:
 def check_layer(name: str, module: Any, stored: Size) -> None:
     """Raise ValueError unless a layer has a weight of this size."""
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    sizes = sizes_in(base, stored.count)
+    sizes = sizes_in(base, stored.blocks)
     if stored not in sizes:
         found = " or ".join(map(str, sizes)) or "none"
         raise ValueError(
