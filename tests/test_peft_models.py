@@ -5,7 +5,8 @@ import copy
 import peft
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft_models import (
     FAMILIES,
     GENERATING,
@@ -34,6 +35,41 @@ def test_a_zero_core_leaves_the_logits_bit_for_bit(family):
     expected = logits(tiny(family), batch(family))
     assert torch.equal(logits(wrapped(family, init="zero"), batch(family)), expected)
     assert not torch.equal(logits(wrapped(family), batch(family)), expected)
+
+
+@every_family
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_zero_core_leaves_half_precision_bit_for_bit(family, autocast):
+    dtype = torch.float32 if autocast else torch.bfloat16
+    inputs = batch(family)
+    if "pixel_values" in inputs:
+        inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        expected = logits(tiny(family).to(dtype), inputs)
+        model = get_peft_model(tiny(family).to(dtype), config(family, init="zero")).eval()
+        assert torch.equal(logits(model, inputs), expected)
+
+
+@every_family
+def test_every_layer_has_the_parameters_of_lora_and_r_squared_more(family):
+    targets, r = FAMILIES[family].targets, 3
+    counts = []
+    turned = family == "decoder-conv1d"
+    for made in (
+        FixedRankConfig(r=r, target_modules=targets),
+        LoraConfig(r=r, target_modules=targets, fan_in_fan_out=turned),
+    ):
+        model = get_peft_model(tiny(family), made)
+        counts.append(
+            {
+                name: sum(p.numel() for p in module.parameters() if p.requires_grad)
+                for name, module in model.named_modules()
+                if isinstance(module, BaseTunerLayer)
+            }
+        )
+    ours, lora = counts
+    assert ours.keys() == lora.keys() and ours
+    assert all(ours[name] == lora[name] + r**2 for name in ours)
 
 
 @every_family

@@ -13,6 +13,7 @@ from torch import nn
 
 from lowrank_geo.peft import FixedRankConfig
 from lowrank_geo.peft.layer import FixedRankLayer
+from lowrank_geo.peft.register import method_type
 
 
 def config(**changes):
@@ -151,6 +152,14 @@ PeftModel.from_pretrained(nn.Sequential(nn.Linear(2, 2)), {str(saved)!r})
         json.loads((saved / "adapter_config.json").read_text())["import_first"]
         == "lowrank_geo.peft"
     )
+
+
+def test_a_peft_that_keeps_its_methods_in_another_way_is_named(monkeypatch):
+    register = sys.modules[method_type.__module__]
+    monkeypatch.setattr(register, "NAME", "ANOTHER")
+    monkeypatch.setattr(register, "TABLES", ("_member_map_", "_unknown_table_"))
+    with pytest.raises(ImportError, match="needs PeftType to be an enum with .*_unknown_table_"):
+        method_type()
 
 
 def test_the_note_is_written_once(saved):
