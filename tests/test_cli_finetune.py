@@ -316,6 +316,39 @@ def test_a_model_that_cannot_be_read_is_one_sentence(folder, damage, tmp_path):
     assert len(found.stderr.strip().splitlines()) == 1
 
 
+def test_code_that_comes_with_a_model_is_never_run(folder, tmp_path):
+    model, ran = tmp_path / "model", tmp_path / "ran"
+    shutil.copytree(folder / "encoder", model)
+    (model / "attack.py").write_text(f"open({str(ran)!r}, 'w')\n")
+    config = json.loads((model / "config.json").read_text())
+    config |= {"model_type": "attack", "auto_map": {"AutoConfig": "attack.Config"}}
+    (model / "config.json").write_text(json.dumps(config))
+    found = run("--model", model, "--data", folder / "rows.jsonl", "--steps", 1)
+    assert found.exit_code == 2 and "--model needs a folder or hub name" in found.stderr
+    assert not ran.exists()
+
+
+def test_rows_of_a_dataset_are_read_and_its_code_is_not_run(folder, tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    asked, load = [], datasets.load_dataset
+
+    def watched(*names, **options):
+        asked.append(options)
+        return load(*names, **options)
+
+    monkeypatch.setattr(datasets, "load_dataset", watched)
+    (tmp_path / "rows").mkdir()
+    shutil.copy(folder / "rows.jsonl", tmp_path / "rows" / "train.jsonl")
+    found = load_examples(f"hf:{tmp_path / 'rows'}", "seq-cls")
+    assert sorted(found.train) == sorted(load_examples(str(folder / "rows.jsonl"), "seq-cls").train)
+    assert asked == [{"split": "train", "trust_remote_code": False}]
+    with pytest.raises(ValueError, match="--data needs a dataset that can be read, got"):
+        load_examples(f"hf:{tmp_path / 'nothing'}", "seq-cls")
+    (tmp_path / "rows" / "train.jsonl").write_text("")
+    with pytest.raises(ValueError, match="--data needs a dataset that can be read, got"):
+        load_examples(f"hf:{tmp_path / 'rows'}", "seq-cls")
+
+
 def test_where_results_go_is_checked_before_anything_runs(folder, tmp_path):
     (tmp_path / "file").write_text("")
     common = ["--model", folder / "encoder", "--data", folder / "rows.jsonl", "--steps", 1]

@@ -128,13 +128,23 @@ def parsed(line: str, number: int, data: str) -> Any:
 
 
 def hub_rows(data: str) -> Iterable[dict[str, Any]]:
-    """The rows of a dataset of the hub; code that comes with it is never run."""
-    import datasets
+    """The rows of a dataset of the hub, or in a local folder; code that comes with it is never run.
 
+    Raises: ValueError for what cannot be read, ImportError without the package `datasets`.
+    """
+    try:
+        import datasets
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"--data needs the package datasets for {data!r}, got none; run: pip install datasets"
+        ) from error
     address = parse_address(data)
     try:
-        return datasets.load_dataset(address.name, address.config, split=address.split)
-    except (OSError, ValueError, RuntimeError) as error:
+        return datasets.load_dataset(
+            address.name, address.config, split=address.split, trust_remote_code=False
+        )
+    # datasets raises StopIteration for an empty file and RuntimeError for a loading script.
+    except (OSError, ValueError, RuntimeError, StopIteration) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)[:200]
         raise ValueError(
             f"--data needs a dataset that can be read, got {data!r} ({reason}); check the name and the network"
