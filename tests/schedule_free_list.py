@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lowrank_geo.optim import (
+    Polyak,
     RiemannianAdam,
     RiemannianMuon,
     RiemannianSGD,
@@ -22,6 +23,13 @@ FORMS = {
     "branches": dict(gradient_at="branches"),
 }
 every_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+# Those that need the loss of every step, too.
+WITH_LOSS = {
+    **FORMS,
+    "polyak": dict(step_size=Polyak(max_lr="lr")),
+    "polyak, branches": dict(step_size=Polyak(max_lr=0.1), gradient_at="branches"),
+}
+every_form_with_a_loss = pytest.mark.parametrize("form", WITH_LOSS.values(), ids=WITH_LOSS)
 
 
 class Regression:

@@ -7,7 +7,15 @@ import pickle
 import pytest
 import torch
 from optimizer_list import Net, snapshot
-from schedule_free_list import FORMS, INNER, build, every_form, same, train
+from schedule_free_list import (
+    FORMS,
+    INNER,
+    build,
+    every_form,
+    every_form_with_a_loss,
+    same,
+    train,
+)
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
@@ -29,7 +37,7 @@ def data():
     return x, torch.tanh(x @ torch.randn(8, 4))
 
 
-@every_form
+@every_form_with_a_loss
 @pytest.mark.parametrize("training", [True, False])
 def test_a_step_of_nothing_changes_nothing(net, data, form, training):
     optimizer = build(net, form)
@@ -46,7 +54,7 @@ def test_a_step_of_nothing_changes_nothing(net, data, form, training):
     assert all(same(s, after["state"][key]) for key, s in state["state"].items())
 
 
-@every_form
+@every_form_with_a_loss
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("pickled", [True, False], ids=["pickle", "deepcopy"])
 def test_a_copy_continues_bit_for_bit(net, data, form, training, pickled):
@@ -99,7 +107,7 @@ def test_a_failed_step_leaves_points_and_gradients(net, data):
     assert same(points, snapshot(net)) and all(p.grad is g for p, g in grads.items())
 
 
-@every_form
+@every_form_with_a_loss
 @pytest.mark.parametrize("training", [True, False])
 def test_resumes_bit_for_bit_in_both_modes(net, data, form, training):
     optimizer = build(net, form)
@@ -122,7 +130,7 @@ def test_resumes_bit_for_bit_in_both_modes(net, data, form, training):
     assert all(ours[k][n].dtype == theirs[k][n].dtype for k in theirs for n in theirs[k])
 
 
-@every_form
+@every_form_with_a_loss
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("steps", [0, 3])
 @pytest.mark.filterwarnings("ignore::FutureWarning")

@@ -127,9 +127,9 @@ class ScheduleFree(Optimizer):
             self._start()
             with torch.enable_grad():
                 loss = closure()
-        check_loss(self._step_size, loss, lower_bound)
         if iterates.idle(self.param_groups):
             return loss
+        check_loss(self._step_size, loss, lower_bound)
         carry = self._second.model is None or not self.training
         if closure is None:
             self._remind()
