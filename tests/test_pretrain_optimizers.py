@@ -12,6 +12,7 @@ from lowrank_geo.train.config import TrainConfig
 from lowrank_geo.train.parts import load_model
 from lowrank_geo.train.run import pretrain
 
+TIED = ("adam", "adam-core", "adam-scalar")  # what knows the noise of the gradients
 TINY = DecoderConfig(vocab_size=257, width=16, layers=1, heads=2, hidden=24, context=16)
 
 
@@ -30,6 +31,8 @@ def test_two_steps_of_every_optimizer(name, tmp_path, monkeypatch):
     trained = [line for line in lines if line["kind"] == "train"]
     held_out = [line["loss"] for line in lines if line["kind"] == "eval"]
     assert [line["step"] for line in trained] == [1, 2] and all(line["lr"] > 0 for line in trained)
+    ratios = [line.get("signal_to_noise") for line in lines if line["kind"] == "diagnostics"]
+    assert ((ratios[-1] or 0) > 0) == (name in TIED)
     assert all(map(math.isfinite, held_out)) and len(set(held_out)) == len(held_out) >= 2
     model, _ = load_model(run)
     assert all(p.isfinite().all() for p in model.parameters())
