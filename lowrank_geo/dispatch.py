@@ -1,8 +1,8 @@
 """One decision: plain torch or Triton kernels. The only module that loads the kernels and reads the environment.
 
 LOWRANK_GEO_BACKEND = auto (Triton for CUDA tensors where it works), torch, or triton (also in Triton's interpreter,
-with TRITON_INTERPRET=1). What no kernel takes (float64, ranks above 1024, steps that are differentiated, torch.func)
-runs in torch, to the same result.
+with TRITON_INTERPRET=1). What no kernel takes (float64, ranks above 1024, steps that are differentiated, torch.func, a
+GPU that Triton does not know) runs in torch, to the same result.
 """
 
 import os
@@ -18,7 +18,8 @@ from lowrank_geo import reference
 BACKENDS = ("auto", "torch", "triton")
 LARGEST_RANK = 1024
 LAYER_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_requested = os.environ.get("LOWRANK_GEO_BACKEND", "auto")
+LARGEST_STACK = 65535  # programs a GPU has along the axis of a stack
+_requested = os.environ.get("LOWRANK_GEO_BACKEND") or "auto"
 
 
 class Backend(NamedTuple):
@@ -93,19 +94,28 @@ def _problem(kind: str) -> str | None:
         return None if kind in ("cpu", "cuda") else f"Triton's interpreter does not know {kind}"
     if kind != "cuda":
         return f"Triton needs a GPU, or TRITON_INTERPRET=1 at the start, on {kind}"
-    return None
+    from lowrank_geo.kernels.driver import PROBLEM
+
+    return PROBLEM
+
+
+def _may_run_kernels(x: Tensor) -> bool:
+    """Whether the setting asks for kernels on the device of x."""
+    setting = requested()
+    return setting == "triton" or (setting == "auto" and x.is_cuda)
 
 
 def _chosen(name: str, *tensors: Tensor | None) -> Callable[..., Any]:
     """The operator for these tensors: stacks of float32 matrices on one device, none of which wants a gradient."""
     first = tensors[0]
     assert first is not None
-    if _requested == "torch" or not (first.is_cuda or _requested == "triton"):
+    if not _may_run_kernels(first):
         return getattr(reference, name)
     given = [x for x in tensors if x is not None]
     fits = (
         backend(first.device).name == "triton"
         and first.shape[-1] <= LARGEST_RANK
+        and first.shape[0] <= LARGEST_STACK
         and all(x.dim() == 3 and x.dtype == torch.float32 and x.numel() > 0 for x in given)
         and all(x.device == first.device for x in given)
         and not (torch.is_grad_enabled() and any(x.requires_grad for x in given))
@@ -124,7 +134,7 @@ def layer_kernel(
     x: Tensor, U: Tensor, S: Tensor, V: Tensor, bias: Tensor | None
 ) -> Callable[..., tuple[Tensor, Tensor]] | None:
     """The tangent layer as one differentiable operator of (x, U, S, V, bias), or None where torch does it."""
-    if _requested == "torch" or not (x.is_cuda or _requested == "triton"):
+    if not _may_run_kernels(x):
         return None
     given = [z for z in (x, U, S, V, bias) if z is not None]
     r = S.shape[-1]

@@ -60,8 +60,35 @@ def test_the_environment_is_read():
     assert run("torch", code) == "torch LOWRANK_GEO_BACKEND=torch"
     assert run("triton", code).startswith("torch Triton needs a GPU, or TRITON_INTERPRET=1")
     assert "got 'gpu'; use one of them" in run("gpu", code)
-    layers = "import torch, lowrank_geo; lowrank_geo.LowRankLinear(3, 3, 1)(torch.zeros(1, 3)); print('ran')"
-    assert run("triton", layers) == "ran"
+    layers = (
+        "import torch, lowrank_geo; layer = lowrank_geo.LowRankLinear(3, 3, 1); layer.gradient = 'tangent'; "
+        "layer(torch.zeros(1, 3)); print('ran')"
+    )
+    assert run("triton", layers) == run("", layers) == "ran"
+    assert "got 'gpu'; use one of them" in run("gpu", layers)
+
+
+DRIVER = """
+import torch, lowrank_geo
+from lowrank_geo import dispatch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+class Driver:
+    def get_current_target(self):
+        return GPUTarget("cuda", {arch}, 32)
+driver.set_active(Driver())
+compiled = torch.compile(lambda x: x * len(lowrank_geo.backend("cuda").name), fullgraph=True, backend="eager")
+print(int(compiled(torch.ones(()))), *lowrank_geo.backend("cuda"))
+"""
+
+
+def test_a_gpu_that_triton_does_not_know_runs_in_torch():
+    assert run("auto", DRIVER.format(arch=90)).startswith("6 triton")
+    old = run("triton", DRIVER.format(arch=75))
+    assert old == "5 torch kernels need compute capability 8.0, got 7.5"
+    if DEVICE == "cpu":
+        none = run("auto", "import lowrank_geo; print(*lowrank_geo.backend('cuda'))")
+        assert none.startswith("torch Triton finds no GPU that it knows")
 
 
 def test_without_triton_auto_falls_back_and_triton_says_what_to_do(monkeypatch):
@@ -105,6 +132,15 @@ def test_auto_never_runs_an_interpreter(kernels):
     if DEVICE == "cpu":
         dispatch.transport(*stacks(1, 9, 7, 3)["transport"])
         assert kernels == []
+
+
+def test_stacks_that_no_grid_holds_run_in_torch(kernels, monkeypatch):
+    monkeypatch.setattr(dispatch, "LARGEST_STACK", 2)
+    with use_backend("triton"):
+        dispatch.spectral(torch.ones(3, 4, 2, device=DEVICE))
+        assert kernels == []
+        dispatch.spectral(torch.ones(2, 4, 2, device=DEVICE))
+    assert kernels == ["spectral"]
 
 
 def test_ranks_above_1024_run_in_torch(kernels):
