@@ -1,8 +1,8 @@
 """y = x V S'ᵀ Lᵀ + bias and a = x V, for the forward pass; with the factors exchanged, ∂L/∂x and b of the backward.
 
-`left` is U S and `middle` missing for many tokens, U and Sᵀ for few. For r <= 128 a block of rows of a stays on chip
-between the two products; beyond that its accumulator does not fit beside a tile of y, and the two products are two
-launches, tiled over r.
+`left` is U S and `middle` missing for many tokens, U and Sᵀ for few. For r <= 128, or 64 for float32 in full, a block
+of rows of a stays on chip between the two products; beyond that its accumulator and the parts of the factors do not fit
+beside a tile of y, and the two products are two launches, tiled over r.
 
 Bytes, in elements of x: read x, write a and y: B(n + r + m); two products read a again: B(n + 2r + m), and a separate
 bias adds 2Bm. Backward: this kernel on ∂L/∂y (B(m + r + n)), then ∂L/∂yᵀa and xᵀb by `gram` (B(m + n + 2r)): ∂L/∂y
@@ -16,9 +16,10 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from lowrank_geo.kernels.tiles import interpreted, operand, put, tile, tile_size
+from lowrank_geo.kernels.tiles import interpreted, operand, precision, put, tile, tile_size
 
 ON_CHIP = 128  # largest rank of the fused kernel
+ON_CHIP_EXACT = 64  # of float32, whose three TF32 products keep two parts of every factor
 
 
 @triton.jit
@@ -87,7 +88,7 @@ def product(x: Tensor, F: Tensor, bias: Tensor | None = None, *, fast: bool = Fa
     wrap_triton(_product_kernel)[(triton.cdiv(tokens, block), triton.cdiv(q, Q))](
         x, F, x if bias is None else bias, out, tokens, n, q, x.stride(0), F.stride(0), F.stride(1),
         BIAS=bias is not None, BLOCK=block, N=N, Q=Q,
-        UPCAST=interpreted(), PRECISION="tf32" if fast else "ieee",
+        UPCAST=interpreted(), PRECISION="tf32" if fast else precision(x),
         num_warps=4,
     )  # fmt: skip
     return out
@@ -108,20 +109,20 @@ def lowrank_linear(
     """
     x = rows(x)
     (tokens, n), (m, r) = x.shape, left.shape
-    if r > ON_CHIP:
+    wide = x.dtype.itemsize == 2
+    if r > (ON_CHIP if wide or fast else ON_CHIP_EXACT):
         a = product(x, V, fast=fast)
         c = a if middle is None else product(a, middle, fast=fast)
         return product(c, left.mT, bias, fast=fast), a
     y, a = x.new_empty(tokens, m), x.new_empty(tokens, r)
     V, left = V.contiguous(), left.contiguous()
-    wide = x.dtype.itemsize == 2
     block = 128 if wide else 64
     wrap_triton(_fused_kernel)[(triton.cdiv(tokens, block),)](
         x, V, V if middle is None else middle.contiguous(), left, x if bias is None else bias,
         y, a, tokens, n, m, r, x.stride(0),
         MIDDLE=middle is not None, BIAS=bias is not None,
         BLOCK=block, N=tile_size(n, 64 if wide else 32), M=tile_size(m, 64 if wide else 32),
-        R=tile_size(r, ON_CHIP), UPCAST=interpreted(), PRECISION="tf32" if fast else "ieee",
+        R=tile_size(r, ON_CHIP), UPCAST=interpreted(), PRECISION="tf32" if fast else precision(x),
         num_warps=8, num_stages=2,
     )  # fmt: skip
     return y, a

@@ -55,7 +55,7 @@ def _grams_kernel(
             x = tile(X, at, right, last, r, X_row)
             ux = tl.dot(u, x, ux, input_precision=PRECISION)
             dx = tl.dot(d, x, dx, input_precision=PRECISION)
-    L, size = tl.num_programs(2), r * r
+    L, size = tl.num_programs(2).to(tl.int64), r * r
     out += (part * (5 if CARRY else 3) * L + matrix) * size
     step = L * size
     put(out, uu, left, right, r, r, r)

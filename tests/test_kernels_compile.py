@@ -10,6 +10,7 @@ import pytest
 
 pytest.importorskip("triton.backends.nvidia")
 HERE = Path(__file__).parent
+SPILLED = 320  # bytes of registers that a thread may keep elsewhere
 SHARED = 99 * 1024  # bytes of shared memory a program may have on compute capability 8.6 and later
 
 
@@ -29,8 +30,10 @@ def test_every_kernel_compiles_for_a_gpu_and_fits():
     sources = "".join(file.read_text("utf-8") for file in (HERE.parent / "kernels").glob("*.py"))
     assert launched == {name for name in launched if f"def {name}(" in sources} and len(found) >= 15
     for record in found:
-        assert record["shared"] <= SHARED and record["products"] > 0, record
-        assert record["spilled"] <= 160, record
+        assert record["shared"] <= SHARED and record["spilled"] <= SPILLED, record
+        assert record["narrow"] == 0, record
+    # A filter alone multiplies nothing; everything else is on tensor cores, float32 by default too.
+    assert {r["kernel"] for r in found if not r["products"]} == {"_tangent_kernel"}
 
 
 TRACE = """
