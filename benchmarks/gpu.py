@@ -2,26 +2,33 @@
 
     python benchmarks/gpu.py [--out benchmarks/results/gpu.jsonl]
 
+Every part is a line of that file as soon as it ends; started again on the same device and commit, the script goes on
+with the parts that are missing.
+
 First the kernels against float64; nothing is timed if they are wrong. Then, as ratios within this run: kernels against
 the measured bandwidth of a copy, layers against cuBLAS and torch.compile, the optimizer step against the training step
 of `130m`, training of `350m` at half of the parameters against the dense model, launches over depth, a captured step,
-and how costs grow. A part that no longer fits into the time is left out and said to be. Ends with one JSON line.
+and how costs grow. A part that no longer fits into the time is left out and said to be, a part that fails says why and
+the others go on. Ends with one JSON line.
 """
 
 import argparse
 import itertools
 import json
 import math
+import signal
 import sys
 import time
-from collections.abc import Callable, Iterable
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from protocol import environment, table
+from protocol import Lines, environment, table
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -32,6 +39,7 @@ from lowrank_geo.optim import RiemannianAdam, RiemannianMuon, param_groups
 
 MINUTES = 8
 BOUND = 2e-5  # of every operation in float32, relative to its largest output
+LAYER_BOUNDS = {torch.float32: BOUND, torch.bfloat16: 3e-2}  # a rounding of bfloat16 is 2⁻⁹
 ITEM = 4  # bytes of a float32
 Run = Callable[[], Any]
 
@@ -42,6 +50,7 @@ class Sizes(NamedTuple):
     matrices: int = 168  # in a stack: larger than any cache
     rows: int = 768
     ranks: tuple[int, ...] = (16, 96, 256)
+    checked: tuple[int, ...] = (1000, 1024)  # ranks that are not timed
     tokens: int = 32768
     context: int = 256
     layers: tuple[tuple[int, int, int], ...] = ((768, 768, 96), (2048, 768, 96), (1024, 1024, 256))
@@ -126,15 +135,42 @@ def tensors(result: Any) -> list[Tensor]:
     return [x for x in found if isinstance(x, Tensor) and x.numel()]
 
 
+def layer_error(m: int, n: int, r: int, dtype: torch.dtype, device: str) -> float:
+    """The largest error of y, ∂L/∂x and the gradients of the factors against float64, relative to the largest of them.
+
+    For few tokens and for many: the two ways to associate the products.
+    """
+    from lowrank_geo import operators
+
+    p = geometry.random(m, n, r, device=device)
+    worst = 0.0
+    for tokens in (max(1, m // 2), 2 * m + 3):
+        x, g = (torch.randn(tokens, k, device=device).to(dtype) for k in (n, m))
+        a = (x.float() @ p.V).to(dtype)
+        for name, given in (
+            ("lowrank_linear", (x, *p, torch.randn(m, device=device))),
+            ("lowrank_linear_backward", (g, x, *p, a, True)),
+        ):
+            double = [z.double() if isinstance(z, Tensor) else z for z in given]
+            found = tensors(getattr(operators, name)(*given))
+            wanted = tensors(getattr(reference, name)(*double))
+            size = max(float(y.norm()) for y in wanted)
+            worst = max(
+                worst,
+                *(float((x - y).norm()) / size for x, y in zip(found, wanted, strict=True)),
+            )
+    return worst
+
+
 def check(sizes: Sizes, device: str) -> dict[str, float]:
-    """The largest relative error of every operation against its twin in float64.
+    """The largest relative error of every operation against its twin in float64, those of layers in units of `BOUND`.
 
     Raises: SystemExit if one is above its bound.
     """
     from lowrank_geo import operators
 
     worst: dict[str, float] = {}
-    for r in (1, 33, *sizes.ranks):
+    for r in (1, 33, *sizes.ranks, *sizes.checked):
         rows = max(r, min(sizes.rows, 2 * r + 5))
         for name, given in stacks(3, rows, r, device).items():
             double = [x.double() if isinstance(x, Tensor) else x for x in given]
@@ -152,6 +188,11 @@ def check(sizes: Sizes, device: str) -> dict[str, float]:
             # Six polynomials of float32 reach 4e-3 of the damped sign; the twin has eight. Bases: condition 1e3.
             scale = {"spectral": 500, "damped_factor": 10}.get(name, 1)
             worst[name] = max(worst.get(name, 0.0), max(errors) / scale)
+    for dtype, bound in LAYER_BOUNDS.items():
+        for r in (1, 33, *sizes.ranks):
+            e = layer_error(2 * r + 5, max(r, 65), r, dtype, device)
+            name = f"layer, {dtype}".replace("torch.", "")
+            worst[name] = max(worst.get(name, 0.0), e * BOUND / bound)
     bad = {name: e for name, e in worst.items() if not e < BOUND}
     if bad:
         raise SystemExit(
@@ -521,19 +562,60 @@ def parts(sizes: Sizes, device: str) -> dict[str, Run]:
     }
 
 
-def measure(todo: dict[str, Run], minutes: float) -> dict[str, Any]:
-    """Run the parts until the time is up; what came too late is None."""
-    start, found = time.monotonic(), {}
+class OutOfTime(BaseException):
+    """Raised by the alarm in the middle of a part; no handler for errors takes it for one."""
+
+
+@contextmanager
+def alarm(seconds: float) -> Iterator[None]:
+    """Raise `OutOfTime` after some seconds, if this is not over by then."""
+
+    def stop(*_: Any) -> None:
+        raise OutOfTime
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def measure(
+    todo: dict[str, Run], minutes: float, device: str = "cpu", store: Lines | None = None
+) -> dict[str, Any]:
+    """Run the parts until the time is up; what came too late is None, what failed is its error.
+
+    With a store, a part is a line there as soon as it ends, and one that is there is not measured again.
+    """
+    end, found = time.monotonic() + 60 * minutes, {}
     for name, run in todo.items():
-        late = time.monotonic() - start > 60 * minutes * 0.85
-        found[name] = None if late else run()
-        show(name, "left out: out of time" if late else found[name])
+        settings = {"benchmark": "gpu", "device": device, "part": name}
+        left = end - time.monotonic()
+        try:
+            if left < 0.15 * 60 * minutes:
+                raise OutOfTime
+            with alarm(left):
+                if store is None:
+                    found[name] = run()
+                else:
+                    # The file itself may be tracked, and writing to it makes the tree dirty.
+                    settings["code"] = environment()["commit"].removesuffix("-dirty")
+                    found[name] = store.get(settings, lambda run=run: {"result": run()})["result"]  # type: ignore[misc]
+        except OutOfTime:
+            found[name] = None
+        except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+            # The GPU is lent for minutes: one part that fails must not cost the others.
+            found[name] = {"failed": f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"}
+            traceback.print_exc()
+        show(name, "left out: out of time" if found[name] is None else found[name])
     return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, help="append the JSON line to this file")
+    parser.add_argument("--out", type=Path, help="a line for each part, and where to go on")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print(
@@ -543,12 +625,11 @@ def main() -> None:
         sys.exit(2)
     device = torch.cuda.get_device_name()
     print(f"{device}: {lowrank_geo.backend('cuda').reason}")
-    found = measure(parts(Sizes(), "cuda"), MINUTES)
+    store = None if arguments.out is None else Lines(arguments.out)
+    found = measure(parts(Sizes(), "cuda"), MINUTES, device, store)
     record = json.dumps({"benchmark": "gpu", "device": device, **found, **environment()})
     print(record)
-    if arguments.out is not None:
-        with arguments.out.open("a") as file:
-            file.write(record + "\n")
+    sys.exit(any(isinstance(x, dict) and "failed" in x for x in found.values()))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ def small(gpu, monkeypatch):
     config = DecoderConfig(vocab_size=256, width=12, layers=2, heads=2, hidden=20, context=8)
     monkeypatch.setitem(DECODERS, "tiny", config)
     return gpu.Sizes(
-        matrices=2, rows=40, ranks=(4, 8), tokens=16, context=8, layers=((20, 16, 4),), step_model="tiny",
+        matrices=2, rows=40, ranks=(4, 8), checked=(), tokens=16, context=8, layers=((20, 16, 4),), step_model="tiny",
         train_model="tiny", budget=0.9, depths=(1, 2), repeats=1,
     )  # fmt: skip
 
@@ -50,7 +51,8 @@ def test_exponents_are_fitted(gpu):
 
 
 def test_correct_kernels_pass_and_wrong_ones_stop_the_run(gpu, small, monkeypatch):
-    assert set(gpu.check(small, DEVICE)) == set(gpu.stacks(1, 4, 2, DEVICE))
+    layers = {"layer, float32", "layer, bfloat16"}
+    assert set(gpu.check(small, DEVICE)) == set(gpu.stacks(1, 4, 2, DEVICE)) | layers
     from lowrank_geo import operators
 
     right = operators.transport
@@ -60,6 +62,13 @@ def test_correct_kernels_pass_and_wrong_ones_stop_the_run(gpu, small, monkeypatc
     with pytest.raises(
         SystemExit, match="needs correct kernels before it times them, got errors {'transport'"
     ):
+        gpu.check(small, DEVICE)
+    monkeypatch.setattr(operators, "transport", right)
+    linear = operators.lowrank_linear
+    monkeypatch.setattr(
+        operators, "lowrank_linear", lambda *given: tuple(1.1 * x for x in linear(*given))
+    )
+    with pytest.raises(SystemExit, match="errors {'layer, float32'.*'layer, bfloat16'"):
         gpu.check(small, DEVICE)
 
 
@@ -115,3 +124,20 @@ def test_parts_that_come_too_late_are_left_out(gpu, capsys):
     assert found == {"first": [{"a": 1.0}], "second": {"b": 2}}
     assert gpu.measure({"first": lambda: {"b": 2}}, -1.0) == {"first": None}
     assert "left out: out of time" in capsys.readouterr().out
+
+
+def test_a_part_that_fails_or_takes_too_long_does_not_stop_the_others(gpu, tmp_path):
+    def fail():
+        raise RuntimeError("out of memory\nat length")
+
+    store = gpu.Lines(tmp_path / "gpu.jsonl")
+    todo = {"slow": lambda: time.sleep(60), "bad": fail, "good": lambda: {"b": 2}}
+    found = gpu.measure({k: todo[k] for k in ("bad", "good")}, 1.0, "H", store)
+    assert found == {"bad": {"failed": "RuntimeError: out of memory"}, "good": {"b": 2}}
+    assert gpu.measure({"slow": todo["slow"]}, 0.01, "H", store) == {"slow": None}
+    lines = gpu.Lines(store.path).records
+    assert [(line["part"], line["device"], line["result"]) for line in lines] == [
+        ("good", "H", {"b": 2})
+    ]
+    again = {"good": fail, "bad": lambda: 3.0}
+    assert gpu.measure(again, 1.0, "H", gpu.Lines(store.path)) == {"good": {"b": 2}, "bad": 3.0}
