@@ -16,7 +16,7 @@ from lowrank_geo.optim import euclidean
 from lowrank_geo.optim.checks import check_group, check_state, geometry_of
 from lowrank_geo.optim.copies import mark, with_marks
 from lowrank_geo.optim.groups import by_shape, counts, gradients, points_of, with_gradients
-from lowrank_geo.optim.stacks import stack, stack_flat, store
+from lowrank_geo.optim.stacks import stack, store
 from lowrank_geo.optim.step import Rule, propose, take
 from lowrank_geo.optim.values import check_keys
 from lowrank_geo.precision import full_precision
@@ -194,7 +194,7 @@ class RiemannianOptimizer(Optimizer):
 
         Shapes: -> (L,).
         """
-        active = counts(lr, (stack_flat(gradient, i) for i in range(len(points))))
+        active = counts(lr, gradient)
         for column in zip(*points, strict=True):
             torch._foreach_add_(
                 [self.state[p]["step"] for p in column], 1.0 if active is None else active

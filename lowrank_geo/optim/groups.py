@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_geo import guard
-from lowrank_geo.geometry import Point
+from lowrank_geo.geometry import Point, Tangent, magnitude
 from lowrank_geo.gradients import Gradient
 from lowrank_geo.layers import lowrank_layers
 from lowrank_geo.lowrank_layer import check_orthonormal
@@ -183,14 +183,21 @@ def gradients(group: dict[str, Any], params: Iterable[Tensor]) -> list[Tensor]:
     return list(torch._foreach_neg(grads)) if group["maximize"] else grads
 
 
-def counts(lr: float | Tensor, gradients: Iterable[Tensor]) -> list[Tensor] | None:
+def counts(lr: float | Tensor, gradients: list[Tensor] | Tangent) -> list[Tensor] | None:
     """Whether each step counts, as 0-d tensors; None if all do. Only lr = 0 with a zero gradient
     does not.
 
     A step with lr = 0 and no gradient is how torch.distributed.checkpoint makes an optimizer
     create its state.
+
+    Shapes: gradients of L parameters, or a batch of L tangents -> L times ().
     """
     if not isinstance(lr, Tensor) and lr != 0:
         return None
-    active = [(g != 0).any() for g in gradients]
-    return [torch.logical_or(a, lr != 0) for a in active] if isinstance(lr, Tensor) else active
+    if isinstance(gradients, Tangent):
+        sizes = torch.stack([magnitude(part)[..., 0, 0] for part in gradients]).amax(0)
+    else:
+        norms = torch._foreach_norm(gradients, float("inf"))
+        sizes = torch.stack([x.float() for x in norms])  # one launch for all, whatever their dtypes
+    active = sizes != 0
+    return list((active | (lr != 0) if isinstance(lr, Tensor) else active).unbind())

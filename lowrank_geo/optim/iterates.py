@@ -10,7 +10,7 @@ from torch import Tensor
 from lowrank_geo.geometry import Point, Tangent, inner, project_factors, transport
 from lowrank_geo.optim.averaging import Average
 from lowrank_geo.optim.groups import by_shape, check_gradient, counts, points_of, with_gradients
-from lowrank_geo.optim.stacks import stack, stack_flat
+from lowrank_geo.optim.stacks import stack
 from lowrank_geo.optim.weights import FRESH, Weights
 
 Group = dict[str, Any]
@@ -87,10 +87,7 @@ def coefficients(
 
     Shapes: -> (L,).
     """
-    each = grads
-    if isinstance(grads, Tangent):
-        each = [stack_flat(grads, i) for i in range(len(at))]
-    active = counts(group["lr"], list(each))
+    active = counts(group["lr"], grads)
     counters = [state[p]["averaging"] for p in at]
     mask = None if active is None else torch.stack(active)
     c, new = weights(torch.stack(counters), group["lr"], mask)

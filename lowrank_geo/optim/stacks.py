@@ -3,8 +3,6 @@
 import torch
 from torch import Tensor
 
-from lowrank_geo.geometry import Tangent
-
 
 def stack(tensors: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
     """A batch of one without a copy, a stack of many.
@@ -20,11 +18,3 @@ def store(targets: list[Tensor], batch: Tensor) -> None:
     Shapes: L tensors (...), batch (L, ...).
     """
     torch._foreach_copy_(targets, list(batch.unbind()))
-
-
-def stack_flat(gradient: Tangent, index: int) -> Tensor:
-    """Everything in one matrix's gradient.
-
-    Shapes: a batched tangent -> (mr + r² + nr).
-    """
-    return torch.cat([part[index].flatten() for part in gradient])
