@@ -4,10 +4,14 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from kernel_cases import DEVICE, LARGE, SHAPES, error, layer, mapped, outputs, stacks
-from oracles import damped_sign, orthonormality, polar
+from oracles import damped_sign, graded, orthonormality, polar
 
-from lowrank_geo import operators, reference
+from lowrank_geo import geometry, operators, reference
+from lowrank_geo.kernels import gram, retract, transport
+from lowrank_geo.kernels import lowrank_linear as linear
 
 # retract and spectral have their own tests: a basis is unique only up to conditioning, a damped sign is approximate.
 ERRORS = {
@@ -154,3 +158,49 @@ def test_layer_gradients_stay_in_the_gauge(dtype):
     _, Up, _, Vp = operators.lowrank_linear_backward(g, x, U, S, V, a, with_x)
     size = (g.float().mT @ x.float()).norm()
     assert (U.mT @ Up).norm() < 1e-6 * size and (V.mT @ Vp).norm() < 1e-6 * size
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("r", [1000, 1024])
+def test_kernels_take_the_largest_ranks(r):
+    rows = 40
+    A, B, X = (torch.randn(1, rows, r, device=DEVICE) for _ in "ABX")
+    C, R = (torch.randn(1, r, r, device=DEVICE) / r**0.5 for _ in "CR")
+    T, one = C.double(), torch.ones(1, device=DEVICE)
+    no = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    a, b, x, c, q = (z.double() for z in (A, B, X, C, R))
+    x1, x2 = retract.stretch(A, C, B, R)
+    pairs = {
+        "gram": (gram.gram(A, B), a.mT @ b),
+        "tangent": (operators.tangent(A, B, C, R)[0], a @ q - b @ c),
+        "transport": (transport.transport_write(A, B, X, C, R, C), a @ c + b @ q - x @ c),
+        "apply": (operators.apply(A, C, one), a @ c),
+        "stretch": (x1, a @ c + b @ q),
+        "its Gram": (x2, (a @ c + b @ q).mT @ (a @ c + b @ q)),
+        "settle": (retract.settle(A, T, B, no), a @ T),
+        "products": (torch.stack(retract.products(A, B, X)), torch.stack([a.mT @ x, b.mT @ x])),
+        "layer": (linear.product(A[0], C[0]), a[0] @ c[0]),
+    }
+    assert all(error(*pair) < 5e-6 for pair in pairs.values()), {
+        name: error(*pair) for name, pair in pairs.items()
+    }
+
+
+@settings(max_examples=8)
+@given(
+    r=st.integers(1, 96),
+    extra=st.integers(0, 40),
+    exponent=st.floats(0, 12),
+    scale=st.sampled_from([1e-15, 1.0, 1e15]),
+    singular=st.booleans(),
+)
+def test_retract_keeps_its_bounds_for_any_rank_and_condition(r, extra, exponent, scale, singular):
+    torch.manual_seed(r)
+    core = graded(r, r, 10.0**exponent, torch.float32)[None].to(DEVICE) * scale
+    if singular:
+        core[..., -1] = 0
+    U = geometry.random(r + extra, r, r, batch=(1,), device=DEVICE).U
+    Q = operators.retract(U, core, torch.zeros_like(U))[0].double()
+    K = U.double() @ core.double() / scale
+    assert orthonormality(Q[0].cpu()) <= 1e-6
+    assert (K - Q @ (Q.mT @ K)).norm() <= 10 * 2**-23 * r**0.5 * K.norm()

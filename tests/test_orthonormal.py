@@ -4,7 +4,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import frame, graded, orthonormality, polar, rotation
 
@@ -14,7 +14,7 @@ from lowrank_geo.orthonormal import factorize, inverse_sqrt, orthonormalize, pol
 DTYPES = [torch.float32, torch.float64]
 ORTHONORMAL = {torch.float32: 1e-6, torch.float64: 1e-13}
 everywhere = pytest.mark.usefixtures("wherever")
-FRAMES = [(5, 1), (20, 8), (8, 8), (100, 64), (300, 256)]
+FRAMES = [(5, 1), (20, 8), (8, 8), (100, 64), (211, 97), (300, 256)]
 
 
 def residual(K, Q):
@@ -147,6 +147,25 @@ def test_basis_is_sound_for_any_spectrum(r, extra, exponents, double, host, seed
         Q = orthonormalize(K, frame(r + extra, r, dtype))
     assert orthonormality(Q) <= ORTHONORMAL[dtype]
     assert not K.any() or residual(K, Q) <= 10
+
+
+@settings(max_examples=25)
+@given(
+    r=st.integers(1, 256),
+    extra=st.integers(0, 50),
+    exponent=st.floats(0, 12),
+    kept=st.floats(0, 1),
+    host=st.booleans(),
+)
+def test_basis_is_sound_for_any_rank_and_condition(r, extra, exponent, kept, host):
+    torch.manual_seed(r)
+    U = frame(r + extra, r, torch.float32)
+    core = graded(r, r, 10.0**exponent, torch.float32)
+    K = U @ torch.where(torch.arange(r) < max(1, kept * r), core, 0.0)  # S is singular for kept < 1
+    with patch.object(orthonormal, "on_host", lambda x: host):
+        Q = orthonormalize(K, U)
+    assert orthonormality(Q) <= 1e-6
+    assert residual(K, Q) <= 10
 
 
 @pytest.mark.parametrize("bound", [0.0, 0.1, 1.0])
