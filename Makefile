@@ -35,7 +35,9 @@ lint: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/layer.py
+	$(BIN)/python benchmarks/step.py --growth
 	$(BIN)/python benchmarks/pretrain.py --quick
+	$(BIN)/python benchmarks/gpu.py || test $$? -eq 2  # 2: there is no GPU, and it says so
 
 docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
