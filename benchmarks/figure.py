@@ -19,7 +19,7 @@ STYLE = {  # colour-blind safe, and told apart by marker in print
     "narrow dense (width 64), Muon": ("#7F7F7F", "v"),
     "two factors, AdamW": ("#E69F00", "D"),
     "U, S, V with AdamW": ("#009E73", "P"),
-    "RiemannianAdam": ("#CC79A7", "X"),
+    "RiemannianAdam, betas of AdamW": ("#CC79A7", "X"),
 }
 
 
