@@ -161,7 +161,7 @@ def test_layer_gradients_stay_in_the_gauge(dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("r", [1000, 1024])
+@pytest.mark.parametrize("r", [1024, pytest.param(1000, marks=pytest.mark.thorough)])
 def test_kernels_take_the_largest_ranks(r):
     rows = 40
     A, B, X = (torch.randn(1, rows, r, device=DEVICE) for _ in "ABX")

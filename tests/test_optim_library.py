@@ -102,7 +102,7 @@ def test_unknown_keywords_are_refused(make, net):
         cls(param_groups(net), v_coefficient=1.0)
 
 
-# Compiling takes seconds; the parts of the others are compiled in these, too.
+# Compiling takes seconds; the parts of the others are compiled in these, too, and all with `-m thorough`.
 COMPILED = (
     "sgd, splitting",
     "sgd, norm kept",
@@ -115,14 +115,19 @@ COMPILED = (
 
 
 @pytest.mark.parametrize(
-    "name",
+    "name, tensor",
     [
-        name if name in COMPILED else pytest.param(name, marks=pytest.mark.slow)
+        pytest.param(
+            name,
+            tensor,
+            marks=[]
+            if name in COMPILED and (not tensor or name == "muon")
+            else pytest.mark.thorough,
+            id=f"{name}, {'tensor' if tensor else 'float'} lr",
+        )
         for name in OPTIMIZERS
+        for tensor in (False, True)
     ],
-)
-@pytest.mark.parametrize(
-    "tensor", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["float lr", "tensor lr"]
 )
 def test_compiled_steps_are_the_same_and_compile_once_for_each_shape(
     name, tensor, net, data, as_on_a_device
