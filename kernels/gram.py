@@ -20,6 +20,7 @@ from lowrank_geo.kernels.tiles import (
     slices,
     stacked,
     tile,
+    tile_pair,
     tile_size,
 )
 
@@ -30,14 +31,9 @@ def _gram_kernel(
     P: tl.constexpr, Q: tl.constexpr, BLOCK: tl.constexpr, UPCAST: tl.constexpr, DIVIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    across = tl.cdiv(q, Q)
-    pair, part, matrix = (
-        tl.program_id(0),
-        tl.program_id(1).to(tl.int64),
-        tl.program_id(2).to(tl.int64),
-    )
-    left = (pair // across) * P + tl.arange(0, P)
-    right = (pair % across) * Q + tl.arange(0, Q)
+    i, j, part, matrix = tile_pair(q, Q)
+    left = i * P + tl.arange(0, P)
+    right = j * Q + tl.arange(0, Q)
     A += matrix * A_batch
     B += matrix * B_batch
     by = tl.load(divisor + matrix) if DIVIDE else 1.0

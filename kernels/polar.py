@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from lowrank_geo.kernels.tiles import precision, put, slices, stacked, tile, tile_size
+from lowrank_geo.kernels.tiles import precision, put, slices, stacked, tile, tile_pair, tile_size
 
 
 @triton.jit
@@ -24,14 +24,9 @@ def _grams_kernel(
     U, D, X, divisor, out, rows, r, each, U_batch, U_row, D_batch, D_row, X_batch, X_row,
     CARRY: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    across = tl.cdiv(r, P)
-    pair, part, matrix = (
-        tl.program_id(0),
-        tl.program_id(1).to(tl.int64),
-        tl.program_id(2).to(tl.int64),
-    )
-    left = (pair // across) * P + tl.arange(0, P)
-    right = (pair % across) * P + tl.arange(0, P)
+    i, j, part, matrix = tile_pair(r, P)
+    left = i * P + tl.arange(0, P)
+    right = j * P + tl.arange(0, P)
     U += matrix * U_batch
     D += matrix * D_batch
     X += matrix * X_batch

@@ -20,7 +20,16 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from lowrank_geo.kernels.tiles import add_product, precision, put, slices, stacked, tile, tile_size
+from lowrank_geo.kernels.tiles import (
+    add_product,
+    precision,
+    put,
+    slices,
+    stacked,
+    tile,
+    tile_pair,
+    tile_size,
+)
 
 FUSED = 128  # largest rank whose K is computed again for every pair of tiles
 
@@ -45,14 +54,9 @@ def _stretch_kernel(
     HAS_B: tl.constexpr, GRAM: tl.constexpr, P: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    across = tl.cdiv(r, P)
-    pair, part, matrix = (
-        tl.program_id(0),
-        tl.program_id(1).to(tl.int64),
-        tl.program_id(2).to(tl.int64),
-    )
-    i = pair // across if GRAM else pair
-    j = pair % across if GRAM else pair
+    i, j, part, matrix = tile_pair(r, P)
+    if not GRAM:  # the tiles of K alone
+        i = j
     if i > j:  # the Gram is symmetric
         return
     left, right = i * P + tl.arange(0, P), j * P + tl.arange(0, P)
@@ -107,13 +111,7 @@ def _regram_kernel(
     X, T, gram, rows, r, each,
     TURN: tl.constexpr, P: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    across = tl.cdiv(r, P)
-    pair, part, matrix = (
-        tl.program_id(0),
-        tl.program_id(1).to(tl.int64),
-        tl.program_id(2).to(tl.int64),
-    )
-    i, j = pair // across, pair % across
+    i, j, part, matrix = tile_pair(r, P)
     if i > j:
         return
     left, right = i * P + tl.arange(0, P), j * P + tl.arange(0, P)
@@ -194,14 +192,9 @@ def _products_kernel(
     U, K, Q, out, rows, r, each, U_batch, U_row, K_batch, K_row, Q_batch, Q_row,
     P: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    across = tl.cdiv(r, P)
-    pair, part, matrix = (
-        tl.program_id(0),
-        tl.program_id(1).to(tl.int64),
-        tl.program_id(2).to(tl.int64),
-    )
-    left = (pair // across) * P + tl.arange(0, P)
-    right = (pair % across) * P + tl.arange(0, P)
+    i, j, part, matrix = tile_pair(r, P)
+    left = i * P + tl.arange(0, P)
+    right = j * P + tl.arange(0, P)
     U += matrix * U_batch
     K += matrix * K_batch
     Q += matrix * Q_batch

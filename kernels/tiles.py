@@ -49,6 +49,17 @@ def add_product(
     return total
 
 
+@triton.jit
+def tile_pair(width, TILE: tl.constexpr):
+    """Where a program of a grid (pairs of tiles, slices of rows, matrices) works.
+
+    Returns row and column of its pair of tiles in an output `width` wide, its slice and its matrix.
+    """
+    across = tl.cdiv(width, TILE)
+    pair, part, matrix = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    return pair // across, pair % across, part.to(tl.int64), matrix.to(tl.int64)
+
+
 def tile_size(size: int, largest: int = 64) -> int:
     """The smallest power of two that covers `size`, in [16, largest]: tensor cores need 16.
 

@@ -48,16 +48,20 @@ def scaled_lora(
             "peft.get_peft_model and a LoraConfig"
         )
     trained = [p for p in model.parameters() if p.requires_grad]
-    settings = fused(optimizer_cls, trained) | settings if not settings.keys() & LOOPS else settings
+    settings = fused(optimizer_cls, trained, settings) | settings
     optimizer: Optimizer = optimizer_cls(trained, lr=lr, **settings)  # type: ignore[call-arg]
     optimizer.register_step_pre_hook(partial(before_step, pairs, reg))
     return optimizer
 
 
-def fused(optimizer_cls: type[Optimizer], parameters: list[nn.Parameter]) -> dict[str, Any]:
-    """The setting that lets torch's own optimizers make their step in one pass over memory, where they have one."""
-    there = "fused" in inspect.signature(optimizer_cls).parameters
-    return {"fused": True} if there and all(p.device.type in FUSED for p in parameters) else {}
+def fused(
+    optimizer_cls: type[Optimizer], parameters: list[nn.Parameter], settings: dict[str, Any]
+) -> dict[str, Any]:
+    """The setting with which torch's own optimizers make a step in one pass over memory, where they can and nothing
+    else is asked for.
+    """
+    has = "fused" in inspect.signature(optimizer_cls).parameters and not settings.keys() & LOOPS
+    return {"fused": True} if has and all(p.device.type in FUSED for p in parameters) else {}
 
 
 def before_step(
