@@ -27,10 +27,16 @@ hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=No
 hypothesis.settings.load_profile("repeatable")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests first, so that no worker is left with one when the other has nothing to do."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Files with slow tests first, so that no worker is left with one when the other has nothing to do; and tests of
+    compilers without coverage, which traces every line of the compiler and doubles their time.
+    """
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+    if config.pluginmanager.hasplugin("pytest_cov"):
+        for item in items:
+            if "compile" in item.nodeid:
+                item.add_marker(pytest.mark.no_cover)
 
 
 @pytest.fixture(autouse=True)
