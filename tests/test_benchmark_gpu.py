@@ -27,7 +27,7 @@ def gpu(monkeypatch):
 
 @pytest.fixture
 def small(gpu, monkeypatch):
-    config = DecoderConfig(vocab_size=256, width=12, layers=2, heads=2, hidden=20, context=8)
+    config = DecoderConfig(vocab_size=256, width=12, layers=1, heads=2, hidden=20, context=8)
     monkeypatch.setitem(DECODERS, "tiny", config)
     return gpu.Sizes(
         matrices=2, rows=40, ranks=(4, 8), checked=(), tokens=16, context=8, layers=((20, 16, 4),), step_model="tiny",

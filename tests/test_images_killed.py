@@ -35,7 +35,15 @@ def finish(process, code=0):
     return error
 
 
-def test_a_run_killed_and_stopped_at_random_moments_ends_with_the_same_bits(tmp_path):
+KILL, TERM = signal.SIGKILL, signal.SIGTERM
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [[KILL, TERM], pytest.param([KILL, KILL, TERM] * 3, marks=pytest.mark.thorough)],
+    ids=len,
+)
+def test_a_run_killed_and_stopped_at_random_moments_ends_with_the_same_bits(tmp_path, numbers):
     options = ["--data", pairs(tmp_path / "data"), *FLAGS, *LONG]
     began = time.monotonic()
     finish(start(tmp_path, *options, "--out", "whole"))
@@ -45,7 +53,7 @@ def test_a_run_killed_and_stopped_at_random_moments_ends_with_the_same_bits(tmp_
         known = ["--resume", killed] if killed.exists() else [*options, "--out", killed]
         return start(tmp_path, *known)
 
-    for number in (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGKILL):
+    for number in numbers:
         process = begin_or_resume()
         time.sleep(draw.uniform(0.5, 0.9) * usual)
         process.send_signal(number)

@@ -56,7 +56,7 @@ CASES: list[Any] = [(shape, core) for shape in SHAPES for core in CORES]
 
 
 @pytest.mark.parametrize(
-    "shape, core", [*CASES, pytest.param(LARGE, "ill", marks=pytest.mark.slow)], ids=str
+    "shape, core", [*CASES, pytest.param(LARGE, "ill", marks=pytest.mark.thorough)], ids=str
 )
 def test_retract_is_an_orthonormal_basis_at_every_condition_number(shape, core):
     U, A, Up, B = stacks(*shape)["retract"]

@@ -13,11 +13,16 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning"),  # dynamo's own
 ]
-every_family = pytest.mark.parametrize("family", FAMILIES)
-two_families = pytest.mark.parametrize("family", ["encoder", "decoder"])  # compiling takes long
 
 
-@every_family
+def families(*quick: str) -> pytest.MarkDecorator:
+    """Each of the families; those that are not quick to compile, or add little, only with -m thorough."""
+    marks = {name: [] if name in quick else [pytest.mark.thorough] for name in FAMILIES}
+    cases = [pytest.param(name, marks=marks[name]) for name in FAMILIES]
+    return pytest.mark.parametrize("family", cases)
+
+
+@families("encoder", "decoder", "vision")
 def test_a_compiled_model_gives_the_same_loss_and_gradients(family):
     model, inputs = wrapped(family), batch(family)
     lowrank_geo.param_groups(model)
@@ -33,7 +38,7 @@ def test_a_compiled_model_gives_the_same_loss_and_gradients(family):
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found, wanted, strict=True))
 
 
-@two_families
+@families("encoder")
 def test_adapters_switch_under_the_compiler(family):
     model, inputs = wrapped(family), batch(family)
     model.add_adapter("other", config(family, r=2))
@@ -45,7 +50,7 @@ def test_adapters_switch_under_the_compiler(family):
         assert relative(logits(compiled, inputs), logits(model, inputs)) < 1e-5
 
 
-@two_families
+@families("decoder")
 def test_a_loop_with_a_compiled_model_takes_the_same_steps(family):
     def losses(compiled):
         torch.manual_seed(0)

@@ -120,7 +120,7 @@ def test_what_the_trainer_cannot_give_is_refused():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["adam", "lora"])
+@pytest.mark.parametrize("name", ["adam", pytest.param("lora", marks=pytest.mark.thorough)])
 def test_two_processes_train_as_one(name, tmp_path):
     script = Path(__file__).with_name("trainer_run.py")
     launch = [

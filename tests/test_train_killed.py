@@ -76,13 +76,14 @@ def without_times(run):
     return [{k: v for k, v in line.items() if k not in timed} for line in lines]
 
 
-def test_a_run_killed_at_random_moments_ends_with_the_same_bits(start, text, tmp_path):
+@pytest.mark.parametrize("kills", [3, pytest.param(12, marks=pytest.mark.thorough)])
+def test_a_run_killed_at_random_moments_ends_with_the_same_bits(start, text, tmp_path, kills):
     options = ["--data", text, *SIZE, "--steps", 40, "--checkpoint-every", 3, "--eval-every", 10]
     began = time.monotonic()
     finish(start(*options, "--out", "whole"))
     usual = time.monotonic() - began
     killed, draw = tmp_path / "killed", random.Random(7)
-    for _ in range(6):
+    for _ in range(kills):
         process = start(*(["--resume", killed] if killed.exists() else [*options, "--out", killed]))
         time.sleep(draw.uniform(0.3, 0.9) * usual)
         process.send_signal(signal.SIGKILL)
@@ -106,7 +107,7 @@ def test_a_signal_saves_and_exits_as_shells_expect(start, text, tmp_path, number
     assert read_record(run)["status"] == "interrupted"
 
 
-def test_a_second_process_on_one_folder_is_refused(start, text, tmp_path):
+def test_a_second_process_on_one_folder_is_refused(start, call, text, tmp_path):
     run = tmp_path / "run"
     options = ["--data", text, *SIZE, "--steps", 100000, "--out", run]
     first = start(*options)
@@ -116,14 +117,16 @@ def test_a_second_process_on_one_folder_is_refused(start, text, tmp_path):
         ([*options, "--overwrite"], "another one holds"),
         (["--resume", run], "another one holds"),
     ):
-        _, error = finish(start(*arguments), code=2)
-        assert said in error and error.count("\n") == 1
+        code, _, error = call("pretrain", *arguments)
+        assert code == 2 and said in error and error.count("\n") == 1
     assert first.poll() is None and read_record(run)["status"] == "running"
 
 
 # Spectral directions lift singular values at the damping, 1e-3 of the largest, to those of the largest, and with them
 # the rounding in which a sum over two processes differs: 2.6e-5 here, 3e-7 without.
-@pytest.mark.parametrize("optimizer, bound", [("sgd", 1e-5), ("muon", 1e-3)])
+@pytest.mark.parametrize(
+    "optimizer, bound", [("sgd", 1e-5), pytest.param("muon", 1e-3, marks=pytest.mark.thorough)]
+)
 def test_two_processes_have_the_losses_of_one(start, text, tmp_path, optimizer, bound):
     options = ["--data", text, *SIZE, "--steps", 50, "--eval-every", 25, "--dtype", "float32"]
     options += ["--optimizer", optimizer]
