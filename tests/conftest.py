@@ -1,9 +1,10 @@
 """What every test shares: a seed, interpreted kernels where there is no GPU, no repository root on
 sys.path, random points, and hypothesis without a clock."""
 
+import importlib.util
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +32,16 @@ hypothesis.settings.load_profile("repeatable")
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Files with slow tests first, so that no worker is left with one when the other has nothing to do.
 
-    Coverage is traced where it can grow. Tracing every line of every case, those of a compiler or of the interpreter
-    of kernels among them, takes half as long again, and adds no line of ours.
+    Coverage is traced where it can grow. Tracing every line of every case, those of compilers and of the interpreter
+    of kernels among them, takes half as long again and adds no line of ours.
     """
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
     if config.pluginmanager.hasplugin("pytest_cov"):
         seen: set[tuple[Any, ...]] = set()
         for item in items:
-            if "compile" in item.nodeid or not brings_something_new(item, seen):
+            long = item.get_closest_marker("slow") or "compile" in item.nodeid
+            if long or not brings_something_new(item, seen):
                 item.add_marker(pytest.mark.no_cover)
 
 
@@ -51,6 +53,29 @@ def brings_something_new(item: pytest.Item, seen: set[tuple[Any, ...]]) -> bool:
     new = not found <= seen
     seen |= found
     return new
+
+
+@pytest.fixture(autouse=True, scope="session")
+def kernels_without_a_trace() -> Iterator[None]:
+    """Coverage does not follow the interpreter of kernels, whose lines it would trace for each program."""
+    if importlib.util.find_spec("triton") is None:
+        yield
+        return
+    from triton.runtime import interpreter
+
+    launch = interpreter.GridExecutor.__call__
+
+    def untraced(*arguments: Any, **keywords: Any) -> Any:
+        trace = sys.gettrace()
+        sys.settrace(None)
+        try:
+            return launch(*arguments, **keywords)
+        finally:
+            sys.settrace(trace)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.GridExecutor, "__call__", untraced)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -180,7 +180,10 @@ def test_weights_stay_on_the_manifold(config, tmp_path, optimizer):
 
 @pytest.mark.parametrize(
     "optimizer",
-    [name if name in KINDS else pytest.param(name, marks=pytest.mark.slow) for name in OPTIMIZERS],
+    [
+        name if name in KINDS else pytest.param(name, marks=pytest.mark.thorough)
+        for name in OPTIMIZERS
+    ],
 )
 def test_every_optimizer_lowers_the_loss(config, optimizer):
     """Also those that average, adapt ranks or follow the length of the run."""

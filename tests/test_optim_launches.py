@@ -32,7 +32,7 @@ def calls(make, depth, lr):
 
 
 @pytest.mark.usefixtures("as_on_a_device")
-@pytest.mark.parametrize("lr", ["number", "tensor"])
+@pytest.mark.parametrize("lr", [pytest.param("number", marks=pytest.mark.thorough), "tensor"])
 @every_optimizer
 def test_the_number_of_operations_does_not_depend_on_depth(make, lr):
     few, many = calls(make, 2, lr), calls(make, 5, lr)

@@ -152,6 +152,26 @@ BAD = {
         "tolerance needs to be a number, got '0.1'",
     ),
     "a class to wrap": (lambda g: ScheduleFree(RiemannianSGD), "needs an optimizer .* got <class"),
+    "metrics in a list": (
+        lambda g: RiemannianSGD(g, metric=["embedded"]),
+        r"'embedded' or 'product', got \['embedded'\]",
+    ),
+    "retractions in a list": (
+        lambda g: RiemannianSGD(g, retraction=["svd"]),
+        r"a retraction out of .*, got \['svd'\]",
+    ),
+    "no parameters": (
+        lambda g: RiemannianSGD(None),
+        r"RiemannianSGD needs parameter groups, got None; pass lowrank_geo.param_groups\(model\)",
+    ),
+    "an empty state": (
+        lambda g: RiemannianSGD(g).load_state_dict({}),
+        r"needs a dict with state and param_groups, got an empty one; pass optimizer.state_dict\(\)",
+    ),
+    "the state of a model": (
+        lambda g: RiemannianSGD(g).load_state_dict(nn.Linear(2, 2).state_dict()),
+        "needs a dict with state and param_groups, got 'weight', 'bias'",
+    ),
     "no model": (lambda g: param_groups("model"), "needs a torch.nn.Module, got 'model'"),
     "a negative scale": (lambda g: RiemannianMuon(g, rotation=-1.0), "rotation needs to be >= 0"),
 }

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from lowrank_geo.geometry import Tangent, gauge, project
+from lowrank_geo.geometry import Point, Tangent, gauge, project
 from lowrank_geo.layers import LowRankLinear
 from lowrank_geo.optim import RiemannianAdam, RiemannianSGD, param_groups
+from lowrank_geo.optim.directions import Signal
 from lowrank_geo.optim.variance import Variance
 
 
@@ -197,6 +198,27 @@ def test_core_moments_are_carried_as_those_of_uncorrelated_entries(point):
     g = torch.randn(200_000, 2, 2, dtype=torch.float64) * v.sqrt()
     assert ((P.mT @ g @ Q).square().mean(0) - found).abs().max() < 0.02
     assert found.sum() == pytest.approx(v.sum().item())
+
+
+@pytest.mark.parametrize("steps", [5, 400])
+def test_core_moments_are_without_bias_in_frames_that_turn_away(point, steps):
+    """A constant g² is found again, though each turn takes some of the moments out of the frames."""
+    rule, p = Variance(0.9, gamma=None, over="core"), point(7, 6, 2, batch=(1,))
+    fresh = rule.slots(Point(*(x[0] for x in p)))
+    slots = {name: Tangent(*(x[None] for x in state)) for name, state in fresh.items()}
+    g = Tangent(*(torch.ones_like(x) for x in p))
+    for step in range(1, steps + 1):
+        direction, slots = rule(Signal(g, g, g, g, torch.full((1,), float(step))), slots)
+        kept, tilted = slots["variance"].M, tilt(p)
+        slots, p = rule.carry(slots, p, tilted), tilted
+    assert (direction.M - 1).abs().max() < 1e-7  # eps is 1e-8
+    assert kept.max() < 0.98 * (1 - 0.9**steps)  # what the count of steps would divide by
+
+
+def tilt(p):
+    """A point whose frames are some 20 degrees away."""
+    U, V = (torch.linalg.qr(X + 0.1 * torch.randn(X.shape, dtype=X.dtype))[0] for X in (p.U, p.V))
+    return Point(U, p.S, V)
 
 
 @pytest.mark.parametrize("over, shapes", [("row", [(8,), (), (6,)]), ("matrix", [(), (), ()])])

@@ -102,7 +102,8 @@ class RiemannianAdam(RiemannianOptimizer):
                 state = self.state[parameter]
                 weight = unbias(beta1, state["step"].clamp(min=1)).to(state["momentum"].dtype)
                 scale = (1 + beta1) / (2 * beta1)
-                return Posterior(state["momentum"] / weight, scale * state["variance"] / weight)
+                held = weight * state.get("kept", torch.ones_like(weight))
+                return Posterior(state["momentum"] / weight, scale * state["variance"] / held)
         raise ValueError(
             f"gradient_posterior needs a parameter of this optimizer, got one of shape "
             f"{tuple(parameter.shape)}; pass e.g. layer.S"

@@ -51,6 +51,10 @@ class RiemannianOptimizer(Optimizer):
                 f"{type(self).__name__} needs parameter groups, got the module {type(params).__name__}; pass "
                 "lowrank_geo.param_groups(model)"
             )
+        if not isinstance(params, Iterable):
+            raise TypeError(
+                f"{type(self).__name__} needs parameter groups, got {params!r}; pass lowrank_geo.param_groups(model)"
+            )
         self._euclidean_lr = defaults["lr"] if euclidean_lr is None else euclidean_lr
         self._transports: dict[Tensor, Tensor] = {}  # S -> τ
         self._compiled: dict[str, Any] | None = None  # the options
@@ -233,8 +237,14 @@ class RiemannianOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch.optim.Optimizer, but state keeps the dtype it was saved with.
 
-        Raises: ValueError if a saved tensor does not have the shape of this optimizer's.
+        Raises: ValueError for what is no state of an optimizer, or if a saved tensor does not have the shape of
+            this optimizer's.
         """
+        if not {"state", "param_groups"} <= dict(state_dict).keys():
+            raise ValueError(
+                f"{type(self).__name__}.load_state_dict needs a dict with state and param_groups, got "
+                f"{', '.join(map(repr, state_dict)) or 'an empty one'}; pass optimizer.state_dict()"
+            )
         pairs = [
             (parameter, state_dict["state"].get(key, {}))
             for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=False)

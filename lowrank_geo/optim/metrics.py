@@ -44,16 +44,9 @@ def product_factors(point: Point) -> tuple[Tensor, Tensor]:
     return point.S.mT, point.S
 
 
-def embedded(method: str = "orthographic") -> Metric:
-    """The metric of R^(m×n) with the retraction called `method`.
-
-    Raises: ValueError for an unknown retraction.
-    """
-    if method not in retraction.RETRACTIONS:
-        names = ", ".join(sorted(retraction.RETRACTIONS))
-        raise ValueError(
-            f"the embedded metric needs a retraction out of {names}, got {method!r}; use one of them"
-        )
+@cache  # the same object each time: torch.compile guards on its functions
+def embedded(method: str) -> Metric:
+    """The metric of R^(m×n) with the retraction called `method`."""
     move = partial(retraction.carried, method=method)
     return Metric("embedded", lambda point: (None, None), move)
 
@@ -61,21 +54,25 @@ def embedded(method: str = "orthographic") -> Metric:
 PRODUCT = Metric("product", product_factors, retraction.polar_carried)
 
 
-@cache  # the same object each time: torch.compile guards on its functions
-def metric_named(name: str, retraction_method: str = "orthographic") -> Metric:
-    """The metric called "embedded" or "product"; the second has one retraction.
+def metric_named(name: str, method: str = "orthographic") -> Metric:
+    """The metric called "embedded" or "product", and the retraction; "product" has one of its own.
 
     Raises: ValueError for another name, or a retraction that the metric does not have.
     """
+    if name not in ("embedded", "product"):
+        raise ValueError(
+            f"metric needs to be 'embedded' or 'product', got {name!r}; use one of them"
+        )
+    if not isinstance(method, str) or method not in retraction.RETRACTIONS:
+        names = ", ".join(sorted(retraction.RETRACTIONS))
+        raise ValueError(
+            f"the {name} metric needs a retraction out of {names}, got {method!r}; use one of them"
+        )
     if name == "embedded":
-        return embedded(retraction_method)
-    if name == "product":
-        if (
-            retraction_method != "orthographic"
-        ):  # the default of the optimizers, which name no metric
-            raise ValueError(
-                f"the product metric has a retraction of its own, got {retraction_method!r}; leave it out, or "
-                "pass metric='embedded'"
-            )
-        return PRODUCT
-    raise ValueError(f"metric needs to be 'embedded' or 'product', got {name!r}; use one of them")
+        return embedded(method)
+    if method != "orthographic":  # the default of the optimizers, which name no metric
+        raise ValueError(
+            f"the product metric has a retraction of its own, got {method!r}; leave it out, or "
+            "pass metric='embedded'"
+        )
+    return PRODUCT

@@ -28,7 +28,8 @@ class Variance:
 
     `over`: "row", one number for each row of Up and Vp and one for M; "matrix", one number for all; "core", rows of Up
     and Vp and every entry of M, carried along as (P∘P)ᵀ σ² (Q∘Q), which is exact for uncorrelated entries but not
-    invariant to the gauge.
+    invariant to the gauge. An entry of M has an age of its own there: of the weight 1 − βᵗ of the gradients before, it
+    has kept a part, since frames that turn away take some with them, and is divided by what it has kept.
 
     Raises: ValueError for values out of range.
     Source: Orvieto & Gower, arXiv 2505.21829, proposition 1 and appendix C.4 (AdaVar); Ma & Yarats, arXiv 1810.06801
@@ -75,14 +76,22 @@ class Variance:
         core = S.shape if self.over == "core" else ()
         rows = self.over != "matrix"
         shapes = (U.shape[:1] if rows else (), core, V.shape[:1] if rows else ())
-        return {"variance": Tangent(*(U.new_zeros(shape) for shape in shapes))}
+        found = {"variance": Tangent(*(U.new_zeros(shape) for shape in shapes))}
+        if self.over == "core":
+            found["kept"] = Tangent(U.new_ones(()), torch.ones_like(S), V.new_ones(()))
+        return found
 
     def carry(self, slots: Slots, old: Point, new: Point) -> Slots:
         if self.over != "core":
             return slots
-        state = slots["variance"]
         P, Q = old.U.mT @ new.U, old.V.mT @ new.V  # old coordinates of the new frames
-        return {"variance": state._replace(M=P.square().mT @ state.M @ Q.square())}
+        P, Q = P.square(), Q.square()
+        # Frames at rest have P = I only up to rounding.
+        rest = [(a == b).all(-1).all(-1)[..., None, None] for a, b in zip(old, new, strict=True)]
+        return {
+            name: state._replace(M=torch.where(rest[0] & rest[2], state.M, P.mT @ state.M @ Q))
+            for name, state in slots.items()
+        }
 
     def __call__(self, signal: Signal, slots: Slots) -> tuple[Tangent, Slots]:
         noise = Tangent(
@@ -94,14 +103,20 @@ class Variance:
         variance = Tangent(
             *(self._average(v, s) for v, s in zip(slots["variance"], sample, strict=True))
         )
+        found, weight = {**slots, "variance": variance}, unbias(self.beta, signal.step)
+        weights = Tangent(weight, weight, weight)
+        if self.over == "core":
+            kept, newest = slots["kept"], (1 - self.beta) / weight[:, None, None]
+            core = torch.lerp(kept.M, torch.ones_like(kept.M), newest.to(kept.M.dtype))
+            found["kept"] = kept._replace(M=core)
+            weights = weights._replace(M=weight[:, None, None] * core)
         direction = [
-            output
-            / expand(
-                (self._second(v, m, g, signal.step).sqrt() + self.eps).to(output.dtype), output
+            output / expand((self._second(v, m, g, w).sqrt() + self.eps).to(output.dtype), output)
+            for output, v, m, g, w in zip(
+                signal.output, variance, square, current, weights, strict=True
             )
-            for output, v, m, g in zip(signal.output, variance, square, current, strict=True)
         ]
-        return Tangent(*direction), {"variance": variance}
+        return Tangent(*direction), found
 
     def flat(self, signal: FlatSignal, states: list[State]) -> list[Tensor]:
         variances = [s["variance"] for s in states]
@@ -113,7 +128,8 @@ class Variance:
             signal.outputs, variances, signal.means, signal.gradients, signal.steps, strict=True
         ):
             square = m.square() if self.watches_noise else m
-            second = self._second(v, square, g.square() if self.nu < 1 else g, step)
+            weight = unbias(self.beta, step)
+            second = self._second(v, square, g.square() if self.nu < 1 else g, weight)
             directions.append(output / second.sqrt_().add_(self.eps))
         return directions
 
@@ -124,11 +140,10 @@ class Variance:
     def _average(self, variance: Tensor, sample: Tensor) -> Tensor:
         return self.beta * variance + self._weight * sample
 
-    def _second(self, variance: Tensor, mean: Tensor, current: Tensor, step: Tensor) -> Tensor:
-        """The unbiased second moment from σ² or v, m² and g²."""
+    def _second(self, variance: Tensor, mean: Tensor, current: Tensor, weight: Tensor) -> Tensor:
+        """The unbiased second moment from σ² or v, m² and g², and the weight that it has gathered."""
         second = variance + mean if self.watches_noise else variance.clone()
-        weight = unbias(self.beta, step.reshape(-1, *(1,) * (second.dim() - 1)))
-        second = second / weight.reshape(weight.shape if second.dim() else ()).to(second.dtype)
+        second = second / expand(weight, second).to(second.dtype)
         return second if self.nu == 1 else (1 - self.nu) * current + self.nu * second
 
     def _means(self, xi: Tangent) -> Tangent:
