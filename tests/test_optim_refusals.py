@@ -152,6 +152,14 @@ BAD = {
         "tolerance needs to be a number, got '0.1'",
     ),
     "a class to wrap": (lambda g: ScheduleFree(RiemannianSGD), "needs an optimizer .* got <class"),
+    "a negative euclidean_lr": (
+        lambda g: RiemannianMuon(g, euclidean_lr=-1.0),
+        r"euclidean_lr needs to be a finite number >= 0, got -1\.0",
+    ),
+    "a negative euclidean_lr of the groups": (
+        lambda g: param_groups(Net(), euclidean_lr=-1.0),
+        r"euclidean_lr needs to be a finite number >= 0, got -1\.0",
+    ),
     "metrics in a list": (
         lambda g: RiemannianSGD(g, metric=["embedded"]),
         r"'embedded' or 'product', got \['embedded'\]",

@@ -18,7 +18,7 @@ from lowrank_geo.optim.copies import mark, with_marks
 from lowrank_geo.optim.groups import by_shape, counts, gradients, points_of, with_gradients
 from lowrank_geo.optim.stacks import stack, store
 from lowrank_geo.optim.step import Rule, propose, take
-from lowrank_geo.optim.values import check_keys
+from lowrank_geo.optim.values import check_keys, check_rate
 from lowrank_geo.precision import full_precision
 
 
@@ -55,6 +55,8 @@ class RiemannianOptimizer(Optimizer):
             raise TypeError(
                 f"{type(self).__name__} needs parameter groups, got {params!r}; pass lowrank_geo.param_groups(model)"
             )
+        if euclidean_lr is not None:
+            check_rate("euclidean_lr", euclidean_lr)
         self._euclidean_lr = defaults["lr"] if euclidean_lr is None else euclidean_lr
         self._transports: dict[Tensor, Tensor] = {}  # S -> τ
         self._compiled: dict[str, Any] | None = None  # the options

@@ -1,6 +1,5 @@
 """What an optimizer refuses when it is made or loaded."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +8,13 @@ from torch import Tensor, nn
 from lowrank_geo import guard
 from lowrank_geo.optim.groups import GEOMETRIES, triples
 from lowrank_geo.optim.polyak import Polyak
-from lowrank_geo.optim.values import check_count, check_number, check_pair
+from lowrank_geo.optim.values import (
+    check_count,
+    check_number,
+    check_pair,
+    check_rate,
+    check_scalar,
+)
 
 
 def geometry_of(group: dict[str, Any]) -> str:
@@ -80,29 +85,6 @@ def check_state(call: str, fresh: Mapping[str, Tensor], saved: Mapping[str, Tens
                 f"{call} needs a state of {', '.join(fresh)}, got one that has {name}, too; load a state saved "
                 "with the same optimizer"
             )
-
-
-def check_rate(name: str, value: float | Tensor) -> None:
-    """Raise ValueError unless a learning rate or weight decay is finite and not negative.
-
-    A tensor on an accelerator is trusted: reading it would wait for the device.
-    """
-    if isinstance(value, Tensor) and value.device.type != "cpu":
-        return
-    check_scalar(name, value)
-    number = float(value)
-    if not math.isfinite(number) or number < 0:
-        raise ValueError(f"{name} needs to be a finite number >= 0, got {number}; pass e.g. 1e-3")
-
-
-def check_scalar(name: str, value: float | Tensor) -> None:
-    """Raise ValueError or TypeError unless this is one number, or a tensor of one."""
-    if not isinstance(value, Tensor):
-        check_number(name, value, 1e-3)
-    elif value.numel() != 1:
-        raise ValueError(
-            f"{name} needs to be one number, got a tensor of shape {tuple(value.shape)}; pass a 0-d tensor"
-        )
 
 
 def check_betas(betas: tuple[float, float]) -> None:

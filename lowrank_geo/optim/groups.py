@@ -11,6 +11,7 @@ from lowrank_geo.geometry import Point, Tangent, magnitude
 from lowrank_geo.gradients import Gradient
 from lowrank_geo.layers import lowrank_layers
 from lowrank_geo.lowrank_layer import check_orthonormal
+from lowrank_geo.optim.values import check_rate
 
 Tensors = TypeVar("Tensors", bound=tuple[Tensor, ...])
 GEOMETRIES = ("fixed_rank", "matrix", "euclidean")
@@ -37,13 +38,17 @@ def param_groups(
         vectors. None for the default of the optimizer. dense: parts of module names that hold
         embeddings or output heads, never treated as matrices. gradient: "factors" for optimizers
         of other packages, which may leave U and V as they like.
-    Raises: ValueError if a triple is only partly frozen or its U or V is not orthonormal; TypeError for no module or
-            names that are not in a tuple.
+    Raises: ValueError if a triple is only partly frozen or its U or V is not orthonormal, and for a negative rate;
+            TypeError for no module or names that are not in a tuple.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"param_groups needs a torch.nn.Module, got {model!r}; pass the model")
     if isinstance(dense, str):  # every name would hold one of its letters
         raise TypeError(f"dense needs a tuple of names, got {dense!r}; pass ({dense!r},)")
+    rates = {"lr": lr, "euclidean_lr": euclidean_lr, "weight_decay": weight_decay}
+    for name, value in rates.items():
+        if value is not None:
+            check_rate(name, value)
     layers = dict(lowrank_layers(model))
     trained = {name: layer for name, layer in layers.items() if trains(name, layer.point)}
     for layer in trained.values():

@@ -1,9 +1,12 @@
 """Numbers that users pass, and names they mistype."""
 
 import difflib
+import math
 from collections.abc import Iterable
 from numbers import Integral, Real
 from typing import Any
+
+from torch import Tensor
 
 
 def check_number(what: str, value: Any, example: float) -> None:
@@ -16,6 +19,29 @@ def check_number(what: str, value: Any, example: float) -> None:
     """
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{what} needs to be a number, got {value!r}; pass e.g. {example}")
+
+
+def check_rate(name: str, value: float | Tensor) -> None:
+    """Raise ValueError unless a learning rate or weight decay is finite and not negative.
+
+    A tensor on an accelerator is trusted: reading it would wait for the device.
+    """
+    if isinstance(value, Tensor) and value.device.type != "cpu":
+        return
+    check_scalar(name, value)
+    number = float(value)
+    if not math.isfinite(number) or number < 0:
+        raise ValueError(f"{name} needs to be a finite number >= 0, got {number}; pass e.g. 1e-3")
+
+
+def check_scalar(name: str, value: float | Tensor) -> None:
+    """Raise ValueError or TypeError unless this is one number, or a tensor of one."""
+    if not isinstance(value, Tensor):
+        check_number(name, value, 1e-3)
+    elif value.numel() != 1:
+        raise ValueError(
+            f"{name} needs to be one number, got a tensor of shape {tuple(value.shape)}; pass a 0-d tensor"
+        )
 
 
 def check_count(what: str, value: Any, example: int) -> None:
