@@ -98,10 +98,11 @@ def test_layers_are_compared_with_the_dense_one(gpu, small):
 
 
 @pytest.mark.slow
-def test_whole_training_steps_are_compared(gpu, small):
+def test_whole_training_steps_are_compared(gpu, small, monkeypatch):
+    monkeypatch.delitem(gpu.OPTIMIZERS, "RiemannianMuon")
     small = small._replace(tokens=8)
     rows = gpu.step_rows(small, DEVICE, compiled=False)
-    assert [set(row["share"]) for row in rows] == 3 * [{"triton", "torch"}]
+    assert [set(row["share"]) for row in rows] == 2 * [{"triton", "torch"}]
     rows = gpu.train_rows(small, DEVICE, compiled=False)
     assert [row["model"] for row in rows] == ["dense", "triton", "torch", "two factors"]
     assert rows[1]["parameters"] <= 0.9 * rows[0]["parameters"] and rows[0]["over_dense"] == 1

@@ -132,14 +132,15 @@ def test_accumulated_batches_are_one_large_batch(folder, task, tmp_path):
 
 
 PRECONDITIONER = needs_peft(0, 21, "has create_riemannian_optimizer")
+MARKS = {  # the first three are LoRA with a setting
+    **dict.fromkeys(("rslora", "dora", "pissa"), pytest.mark.thorough),
+    "lora-riemannian": PRECONDITIONER,
+}
 
 
 @pytest.mark.parametrize(
     "method",
-    [
-        pytest.param(name, marks=PRECONDITIONER) if name == "lora-riemannian" else name
-        for name in METHODS
-    ],
+    [pytest.param(name, marks=MARKS.get(name, [])) for name in METHODS],
 )
 def test_every_method_trains(folder, method):
     config = settings(folder, steps=12)

@@ -20,11 +20,12 @@ ERRORS = {
     "polar": 6e-6,
     "apply": 2e-6,
 }  # 10 x the worst of all shapes here
+THOROUGH = pytest.mark.thorough
 LAYERS = [(1, 1, 1, 1), (50, 37, 29, 5), (20, 37, 29, 5), (65, 90, 130, 33), (33, 140, 150, 130)]
 
 
 @pytest.mark.parametrize("name", ERRORS)
-@pytest.mark.parametrize("shape", [*SHAPES, LARGE], ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, pytest.param(LARGE, marks=THOROUGH)], ids=str)
 def test_agrees_with_its_twin_in_float64(name, shape):
     given = stacks(*shape)[name]
     wanted = getattr(reference, name)(*mapped(given, torch.Tensor.double))
@@ -56,7 +57,7 @@ CASES: list[Any] = [(shape, core) for shape in SHAPES for core in CORES]
 
 
 @pytest.mark.parametrize(
-    "shape, core", [*CASES, pytest.param(LARGE, "ill", marks=pytest.mark.thorough)], ids=str
+    "shape, core", [*CASES, pytest.param(LARGE, "ill", marks=THOROUGH)], ids=str
 )
 def test_retract_is_an_orthonormal_basis_at_every_condition_number(shape, core):
     U, A, Up, B = stacks(*shape)["retract"]
@@ -161,7 +162,7 @@ def test_layer_gradients_stay_in_the_gauge(dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("r", [1024, pytest.param(1000, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("r", [500, *(pytest.param(r, marks=THOROUGH) for r in (1000, 1024))])
 def test_kernels_take_the_largest_ranks(r):
     rows = 40
     A, B, X = (torch.randn(1, rows, r, device=DEVICE) for _ in "ABX")

@@ -15,11 +15,14 @@ from lowrank_geo.optim import OPTIMIZERS
 from lowrank_geo.peft import RankCallback, optimizer_for
 from lowrank_geo.peft.layer import FixedRankLayer
 
+THOROUGH = pytest.mark.thorough
 NAMES = [name for name in OPTIMIZERS if not name.endswith("-polyak")]
 RESUMED = ["muon", "muon-product", "adam", "qhm", "adamw", "schedule-free-adam", "fsgdm"]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [name if name in RESUMED else pytest.param(name, marks=THOROUGH) for name in NAMES]
+)
 def test_every_optimizer_trains_in_the_trainer(name, tmp_path):
     run = trainer(tmp_path, name, max_steps=2, save_steps=100)
     before = trained(run.model)
@@ -120,7 +123,7 @@ def test_what_the_trainer_cannot_give_is_refused():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["adam", pytest.param("lora", marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("name", ["adam", pytest.param("lora", marks=THOROUGH)])
 def test_two_processes_train_as_one(name, tmp_path):
     script = Path(__file__).with_name("trainer_run.py")
     launch = [
