@@ -32,27 +32,18 @@ hypothesis.settings.load_profile("repeatable")
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Files with slow tests first, so that no worker is left with one when the other has nothing to do.
 
-    Coverage is traced where it can grow. Tracing every line of every case, those of compilers and of the interpreter
-    of kernels among them, takes half as long again and adds no line of ours.
+    Coverage is traced in the first case of a test that is not slow. Tracing every line of every case, those of
+    compilers and plots among them, takes half as long again and adds next to no line of ours.
     """
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
     if config.pluginmanager.hasplugin("pytest_cov"):
-        seen: set[tuple[Any, ...]] = set()
+        seen: set[str] = set()
         for item in items:
-            long = item.get_closest_marker("slow") or "compile" in item.nodeid
-            if long or not brings_something_new(item, seen):
+            name = item.nodeid.partition("[")[0]
+            if item.get_closest_marker("slow") or "compile" in name or name in seen:
                 item.add_marker(pytest.mark.no_cover)
-
-
-def brings_something_new(item: pytest.Item, seen: set[tuple[Any, ...]]) -> bool:
-    """Whether a case has a value of a parameter that no case of its test had before."""
-    name = item.nodeid.partition("[")[0]
-    values = getattr(item, "callspec", None)
-    found = {(name, *value) for value in (values.indices if values else {"": 0}).items()}
-    new = not found <= seen
-    seen |= found
-    return new
+            seen.add(name)
 
 
 @pytest.fixture(autouse=True, scope="session")
