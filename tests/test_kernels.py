@@ -162,7 +162,7 @@ def test_layer_gradients_stay_in_the_gauge(dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("r", [500, *(pytest.param(r, marks=THOROUGH) for r in (1000, 1024))])
+@pytest.mark.parametrize("r", [1024, pytest.param(1000, marks=THOROUGH)])
 def test_kernels_take_the_largest_ranks(r):
     rows = 40
     A, B, X = (torch.randn(1, rows, r, device=DEVICE) for _ in "ABX")

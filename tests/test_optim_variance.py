@@ -78,6 +78,24 @@ def test_posterior_variance_estimates_white_noise_without_bias(beta):
     assert torch.stack(estimates).mean().item() == pytest.approx(1.0, rel=0.02)
 
 
+def test_posterior_of_core_entries_is_that_of_white_noise_in_turning_frames():
+    """1.06 of the variance at this rate, over which entries keep 0.975 of their weight: carried momentum adds to it."""
+    layer = LowRankLinear(12, 12, 3, bias=False, dtype=torch.float64)
+    optimizer = RiemannianAdam(param_groups(layer), lr=0.05, betas=(0.9, 0.9), over="core")
+    estimates, kept = [], []
+    for t in range(600):
+        with torch.no_grad():
+            layer.S.copy_(torch.eye(3))
+        xi = gauge(layer.point, Tangent(*(3 * torch.randn_like(p) for p in layer.point)))
+        layer.U.grad, layer.S.grad, layer.V.grad = xi
+        optimizer.step()
+        if t >= 100:
+            estimates.append(optimizer.gradient_posterior(layer.S).variance.mean() / 9)
+            kept.append(optimizer.state[layer.S]["kept"].mean())
+    assert torch.stack(kept).mean() < 0.99
+    assert torch.stack(estimates).mean().item() == pytest.approx(1.06, rel=0.06)
+
+
 def test_the_recursion_minimises_the_variational_free_energy():
     """½ log s + (g − m)²/(2s) + KL(old‖new)/λ with β = 1/(1 + λ), against a grid around the closed form."""
     beta, old, s_old, g = 0.9, 0.4, 1.3, -0.8

@@ -84,12 +84,11 @@ class Variance:
     def carry(self, slots: Slots, old: Point, new: Point) -> Slots:
         if self.over != "core":
             return slots
-        P, Q = old.U.mT @ new.U, old.V.mT @ new.V  # old coordinates of the new frames
-        P, Q = P.square(), Q.square()
-        # Frames at rest have P = I only up to rounding.
-        rest = [(a == b).all(-1).all(-1)[..., None, None] for a, b in zip(old, new, strict=True)]
+        # The squares of the old coordinates of the new frames, which are those of I only up to rounding if none moved.
+        P, Q = (old.U.mT @ new.U).square(), (old.V.mT @ new.V).square()
+        rest = (still(old.U, new.U) & still(old.V, new.V))[..., None, None]
         return {
-            name: state._replace(M=torch.where(rest[0] & rest[2], state.M, P.mT @ state.M @ Q))
+            name: state._replace(M=torch.where(rest, state.M, P.mT @ state.M @ Q))
             for name, state in slots.items()
         }
 
@@ -159,6 +158,14 @@ class Variance:
         return Tangent(
             up.mean(-1), core if self.over == "core" else core.mean((-2, -1)), vp.mean(-1)
         )
+
+
+def still(old: Tensor, new: Tensor) -> Tensor:
+    """Whether a matrix has not moved by a bit.
+
+    Shapes: twice (..., m, r) -> (...).
+    """
+    return (old == new).all(-1).all(-1)
 
 
 def expand(scale: Tensor, like: Tensor) -> Tensor:
