@@ -192,11 +192,44 @@ def test_what_is_no_plain_lora_is_refused():
         LoRAPreconditioned(adapted(use_dora=True), lr=0.1)
     with pytest.raises(ValueError, match="with trained lora_A and lora_B matrices, got none"):
         LoRAPreconditioned(nn.Linear(3, 3), lr=0.1)
-    model, other = adapted(), adapted(r=2)
-    state = LoRAPreconditioned(other, lr=0.1).state_dict()
-    with pytest.raises(
-        ValueError, match=r"load_state_dict needs U of shape \(8, 3\), got \(8, 2\)"
-    ):
-        LoRAPreconditioned(model, lr=0.1).load_state_dict(state)
     with pytest.raises(TypeError, match="needs an optimizer of lowrank_geo.optim, got AdamW"):
         LoRAPreconditioned(adapted(), lambda groups, **settings: torch.optim.AdamW(groups), lr=0.1)
+
+
+def of_other_ranks(state):
+    return LoRAPreconditioned(adapted(r=2), lr=0.1).state_dict()
+
+
+def ends_badly(state):
+    last = max(key for key, value in state["state"].items() if "U" in value)
+    return {**state, "state": {**state["state"], last: {}}}
+
+
+def of_fewer_layers(state):
+    (group, *_), shorter = state["param_groups"], copy.deepcopy(state)
+    shorter["param_groups"] = [{**group, "params": group["params"][:-3]}]
+    return shorter
+
+
+@pytest.mark.parametrize(
+    "spoil, sentence",
+    [
+        (of_other_ranks, r"load_state_dict needs U of shape \(8, 3\), got \(8, 2\)"),
+        (ends_badly, r"load_state_dict needs U of shape .*, got nothing"),
+        (of_fewer_layers, r"needs the state of \d+ parameters, got that of \d+"),
+        (lambda state: {}, r"needs a dict with state and param_groups, got one of \[\]"),
+    ],
+)
+def test_a_state_that_does_not_fit_changes_nothing(spoil, sentence):
+    (x, y), trained = data(), adapted()
+    optimizer = LoRAPreconditioned(trained, RiemannianSGD, lr=0.1)
+    (trained(x) - y).square().mean().backward()
+    optimizer.step()
+    model = adapted()
+    fresh = LoRAPreconditioned(model, RiemannianSGD, lr=0.1)
+    before, kept = changes_of(model), copy.deepcopy(fresh.state_dict()["state"])
+    with pytest.raises(ValueError, match=sentence):
+        fresh.load_state_dict(spoil(optimizer.state_dict()))
+    assert all(torch.equal(a, b) for a, b in zip(before, changes_of(model), strict=True))
+    for key, mine in fresh.state_dict()["state"].items():
+        assert all(torch.equal(value, kept[key][name]) for name, value in mine.items())

@@ -174,11 +174,15 @@ BAD = {
     ),
     "an empty state": (
         lambda g: RiemannianSGD(g).load_state_dict({}),
-        r"needs a dict with state and param_groups, got an empty one; pass optimizer.state_dict\(\)",
+        r"needs a dict with state and param_groups, got one of \[\]; pass optimizer.state_dict\(\)",
+    ),
+    "no state": (
+        lambda g: RiemannianSGD(g).load_state_dict(None),
+        "needs a dict with state and param_groups, got None",
     ),
     "the state of a model": (
         lambda g: RiemannianSGD(g).load_state_dict(nn.Linear(2, 2).state_dict()),
-        "needs a dict with state and param_groups, got 'weight', 'bias'",
+        r"needs a dict with state and param_groups, got one of \['weight', 'bias'\]",
     ),
     "no model": (lambda g: param_groups("model"), "needs a torch.nn.Module, got 'model'"),
     "a negative scale": (lambda g: RiemannianMuon(g, rotation=-1.0), "rotation needs to be >= 0"),

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from lowrank_geo import guard
 from lowrank_geo.geometry import Point, Tangent
 from lowrank_geo.optim import euclidean
-from lowrank_geo.optim.checks import check_group, check_state, geometry_of
+from lowrank_geo.optim.checks import check_group, check_is_state, check_state, geometry_of
 from lowrank_geo.optim.copies import mark, with_marks
 from lowrank_geo.optim.groups import by_shape, counts, gradients, points_of, with_gradients
 from lowrank_geo.optim.stacks import stack, store
@@ -242,11 +242,7 @@ class RiemannianOptimizer(Optimizer):
         Raises: ValueError for what is no state of an optimizer, or if a saved tensor does not have the shape of
             this optimizer's.
         """
-        if not {"state", "param_groups"} <= dict(state_dict).keys():
-            raise ValueError(
-                f"{type(self).__name__}.load_state_dict needs a dict with state and param_groups, got "
-                f"{', '.join(map(repr, state_dict)) or 'an empty one'}; pass optimizer.state_dict()"
-            )
+        check_is_state(f"{type(self).__name__}.load_state_dict", state_dict)
         pairs = [
             (parameter, state_dict["state"].get(key, {}))
             for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=False)

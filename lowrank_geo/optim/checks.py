@@ -70,6 +70,15 @@ def check_group(group: dict[str, Any]) -> None:
         triples(group)
 
 
+def check_is_state(call: str, saved: Any) -> None:
+    """Raise ValueError, naming `call`, unless this is the state of some optimizer."""
+    if not isinstance(saved, dict) or not {"state", "param_groups"} <= saved.keys():
+        got = f"one of {list(saved)[:3]}" if isinstance(saved, dict) else repr(saved)
+        raise ValueError(
+            f"{call} needs a dict with state and param_groups, got {got}; pass optimizer.state_dict()"
+        )
+
+
 def check_state(call: str, fresh: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
     """Raise ValueError, naming `call`, unless a saved state has the tensors of a fresh one."""
     for name, value in fresh.items():

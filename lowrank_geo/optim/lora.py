@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from lowrank_geo import guard
 from lowrank_geo.optim.base import RiemannianOptimizer
+from lowrank_geo.optim.checks import check_is_state, check_state
 from lowrank_geo.optim.copies import attributes
 from lowrank_geo.optim.groups import by_shape
 from lowrank_geo.optim.lora_gradients import give_gradients
@@ -119,19 +120,24 @@ class LoRAPreconditioned(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch.optim.Optimizer; the factors become those of the saved point.
 
-        Raises: ValueError if the state is of other ranks or layers.
+        Raises: ValueError if the state is of other ranks or layers; then nothing is changed.
         """
+        call = "LoRAPreconditioned.load_state_dict"
+        check_is_state(call, state_dict)
         params = [p for group in self.param_groups for p in group["params"]]
         keys = [key for group in state_dict["param_groups"] for key in group["params"]]
-        for parameter, key in zip(params, keys, strict=True):
-            mine, saved = self.state[parameter], state_dict["state"][key]
-            for name, value in mine.items():
-                if name not in saved or saved[name].shape != value.shape:
-                    raise ValueError(
-                        f"LoRAPreconditioned.load_state_dict needs {name} of shape {tuple(value.shape)}, got "
-                        f"{tuple(saved[name].shape) if name in saved else 'nothing'}; load a state of the same "
-                        "optimizer, ranks and layers"
-                    )
+        if len(params) != len(keys):
+            raise ValueError(
+                f"{call} needs the state of {len(params)} parameters, got that of {len(keys)}; load a state saved with "
+                "the same layers"
+            )
+        states = [
+            (self.state[parameter], state_dict["state"].get(key, {}))
+            for parameter, key in zip(params, keys, strict=True)
+        ]
+        for mine, saved in states:
+            check_state(call, mine, saved)
+        for mine, saved in states:
             for name, value in mine.items():
                 value.copy_(saved[name])
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
