@@ -4,7 +4,7 @@ sys.path, random points, and hypothesis without a clock."""
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from lowrank_geo.geometry import Point
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+SEEN = pytest.StashKey[set[str]]()  # names of tests, without their cases, that have begun
+
 TESTS = Path(__file__).resolve().parent
 # The root would make `kernels` and `models` importable under the names that no user has.
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != TESTS.parent]
@@ -30,20 +32,44 @@ hypothesis.settings.load_profile("repeatable")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Files with slow tests first, so that no worker is left with one when the other has nothing to do.
-
-    Coverage is traced in the first case of a test that is not slow. Tracing every line of every case, those of
-    compilers and plots among them, takes half as long again and adds next to no line of ours.
-    """
+    """Files with slow tests first, so that no worker is left with one when the other has nothing to do."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
-    if config.pluginmanager.hasplugin("pytest_cov"):
-        seen: set[str] = set()
-        for item in items:
-            name = item.nodeid.partition("[")[0]
-            if item.get_closest_marker("slow") or "compile" in name or name in seen:
-                item.add_marker(pytest.mark.no_cover)
-            seen.add(name)
+
+
+def tracer(config: pytest.Config) -> Any:
+    """What pytest-cov starts and stops coverage with, None without."""
+    return getattr(config.pluginmanager.getplugin("_cov"), "cov_controller", None)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Stops what pytest-cov began when it was loaded, where it is not what measures the tests.
+
+    A process that only hands tests to workers has nothing to trace; in a worker, what began first would go on
+    whenever the second tracer, which begins after this, is stopped.
+    """
+    config = session.config
+    if config.getoption("numprocesses", None) or hasattr(config, "workerinput"):
+        if (coverage := tracer(config)) is not None:
+            coverage.pause()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Coverage is traced in the first case of a test that is not slow.
+
+    Tracing every line of every case, those of compilers, plots and pytest among them, takes half as long again and adds
+    next to no line of ours.
+    """
+    if (coverage := tracer(item.config)) is not None:
+        seen = item.config.stash.setdefault(SEEN, set())
+        name = item.nodeid.partition("[")[0]
+        traced = not (item.get_closest_marker("slow") or "compile" in name or name in seen)
+        seen.add(name)
+        if traced != coverage.started:
+            (coverage.resume if traced else coverage.pause)()
+    return (yield)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -1,6 +1,6 @@
 """Compile every kernel for a GPU that is not there, with the arguments of its own launchers, and print what it needs.
 
-    python tests/cross_compile.py
+    python tests/cross_compile.py 12x768x96x4096    # the cases, all of CASES if none is named
 
 One JSON line a kernel: name, case, registers, spilled bytes, shared memory, tensor-core products, products of 32-bit
 numbers with a count of programs, which addresses of large stacks overflow. Run without TRITON_INTERPRET. Tensors live
@@ -12,6 +12,7 @@ import itertools
 import json
 import re
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,8 @@ def main() -> None:
     global case
     for sizes in CASES:
         case = "x".join(map(str, sizes))
-        compile_all(*sizes)
+        if case in (sys.argv[1:] or [case]):
+            compile_all(*sizes)
 
 
 def compile_all(L: int, m: int, r: int, tokens: int) -> None:

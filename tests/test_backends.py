@@ -51,7 +51,16 @@ def losses(backend, make, steps=3):
         return found
 
 
-@pytest.mark.parametrize("make, used", RULES.values(), ids=RULES)
+THOROUGH = pytest.mark.thorough
+
+
+@pytest.mark.parametrize(
+    "make, used",
+    [
+        pytest.param(*rule, marks=[THOROUGH] if "splitting" in name else [], id=name)
+        for name, rule in RULES.items()
+    ],
+)
 def test_both_backends_train_alike(make, used, monkeypatch):
     called = set()
     load = dispatch._kernel
@@ -76,7 +85,7 @@ def operations(layers, make):
     return sum(name.startswith("lowrank_geo::") for name in names)
 
 
-@pytest.mark.parametrize("name", ["muon", "muon, product"])
+@pytest.mark.parametrize("name", ["muon", pytest.param("muon, product", marks=THOROUGH)])
 def test_the_number_of_operators_does_not_depend_on_depth(name):
     make, _ = RULES[name]
     assert operations(1, make) == operations(2, make) > 0

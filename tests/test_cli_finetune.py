@@ -5,6 +5,8 @@ import json
 import math
 import re
 import shutil
+import sysconfig
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from transformers import (
 from typer.testing import CliRunner
 
 from lowrank_geo.cli.app import app
+from lowrank_geo.finetune import docstrings
 from lowrank_geo.finetune.config import FinetuneConfig, model_path
 from lowrank_geo.finetune.docstrings import docstring_examples
 from lowrank_geo.finetune.examples import load_examples
@@ -181,13 +184,21 @@ def test_parameters_are_within_r_squared_of_lora_at_every_layer(folder):
     assert mine - lora == 4 * 2**2  # two layers of two blocks, r = 2
 
 
-def test_docstrings_are_real_labelled_and_always_the_same():
+def test_docstrings_are_real_labelled_and_always_the_same(tmp_path):
     examples = docstring_examples(classes=3, each=20)
-    assert examples == docstring_examples(classes=3, each=20)
     modules = {module for _, module in examples}
     assert len(examples) == 60 and len(modules) == 3
     assert all(module not in text.lower().split() for text, module in examples)
     assert len({text for text, _ in examples}) == 60
+    # Where files lie and in which order they are listed changes nothing.
+    library = Path(sysconfig.get_path("stdlib"))
+    for module in ("json", "email", "logging"):
+        shutil.copytree(library / module, tmp_path / module)
+    found = docstrings.documented(tmp_path)
+    assert len(found) > 300
+    assert found == tuple(
+        pair for pair in docstrings.documented(library) if pair[0] in {"json", "email", "logging"}
+    )
 
 
 def test_a_quarter_is_held_out_and_nothing_is_in_both(folder):

@@ -217,12 +217,17 @@ def test_autocast_computes_in_bfloat16_and_keeps_gradients_in_float32(mode):
         assert (U.mT @ Up).norm() < 1e-5 * size and (V.mT @ Vp).norm() < 1e-5 * size
 
 
-COMPILED = ["aot_eager"] + (["inductor"] if shutil.which("g++") else [])
+INDUCTOR = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a compiler")
+COMPILED = [
+    ("factors", "aot_eager"),
+    pytest.param("tangent", "inductor", marks=INDUCTOR),
+    pytest.param("tangent", "aot_eager", marks=pytest.mark.thorough),
+    pytest.param("factors", "inductor", marks=[INDUCTOR, pytest.mark.thorough]),
+]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inductor's own
-@pytest.mark.parametrize("backend", COMPILED)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode, backend", COMPILED)
 def test_compiles_without_graph_breaks_to_the_same_gradients(mode, backend):
     torch._dynamo.reset()
     layer, _, x = layer_and_twin(dict(kernel_size=3, padding=1), 3, torch.float32)

@@ -111,7 +111,7 @@ class Cut(BaseException):
     """A power cut."""
 
 
-@pytest.mark.parametrize("at", [1, 4, 7])
+@pytest.mark.parametrize("at", [pytest.param(1, marks=pytest.mark.thorough), 4, 7])
 @pytest.mark.parametrize(
     "changes",
     [{}, {"budget": 0.5, "optimizer": "muon"}, {"optimizer": "schedule-free-adam"}],

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton.backends.nvidia")
+THOROUGH = pytest.mark.thorough
 HERE = Path(__file__).parent
 SPILLED = 320  # bytes of registers that a thread may keep elsewhere
 SHARED = 99 * 1024  # bytes of shared memory a program may have on compute capability 8.6 and later
@@ -24,8 +25,10 @@ def compiled(*command):
 
 
 @pytest.mark.slow
-def test_every_kernel_compiles_for_a_gpu_and_fits():
-    found = [json.loads(line) for line in compiled(HERE / "cross_compile.py")]
+@pytest.mark.parametrize("cases", [["12x768x96x4096"], pytest.param([], marks=THOROUGH)], ids=len)
+def test_every_kernel_compiles_for_a_gpu_and_fits(cases):
+    """The usual sizes; thorough: the smallest, the largest, and those that are no multiples of a tile."""
+    found = [json.loads(line) for line in compiled(HERE / "cross_compile.py", *cases)]
     launched = {record["kernel"] for record in found}
     sources = "".join(file.read_text("utf-8") for file in (HERE.parent / "kernels").glob("*.py"))
     assert launched == {name for name in launched if f"def {name}(" in sources} and len(found) >= 15

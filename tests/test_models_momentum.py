@@ -69,7 +69,7 @@ def test_segments_in_float64_have_the_gradients_of_backprop(gamma, dtype, tolera
     assert max((a - b).norm() / b.norm() for a, b in zip(*found, strict=True)) < tolerance
 
 
-@pytest.mark.parametrize("gamma", [0.5, 0.9, 0.99])
+@pytest.mark.parametrize("gamma", [pytest.param(0.5, marks=pytest.mark.thorough), 0.9, 0.99])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_segments_are_right_and_raise_no_false_alarm_at_depth_1000(gamma, dtype):
     blocks, x, found = tanh_blocks(1000, dtype=dtype), torch.randn(32, 8, dtype=dtype), []

@@ -91,7 +91,9 @@ def test_distillation_takes_the_loss_of_the_teacher_as_its_bound(teacher):
     assert sum(size > 0 for _, size, _ in steps) > 5
 
 
-@pytest.mark.parametrize("gradient_at", ["collapsed", "branches"])
+@pytest.mark.parametrize(
+    "gradient_at", ["collapsed", pytest.param("branches", marks=pytest.mark.thorough)]
+)
 def test_a_student_learns_without_a_learning_rate(teacher, gradient_at):
     student = language_model()
     convert(student, budget=0.6)

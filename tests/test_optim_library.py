@@ -104,10 +104,8 @@ def test_unknown_keywords_are_refused(make, net):
 
 # Compiling takes seconds; the parts of the others are compiled in these, too, and all with `-m thorough`.
 COMPILED = (
-    "sgd, splitting",
     "sgd, norm kept",
     "fsgdm",
-    "adam",
     "adam, core",
     "muon",
     "muon, product",

@@ -22,7 +22,7 @@ def families(*quick: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("family", cases)
 
 
-@families("encoder", "decoder", "vision")
+@families("encoder", "decoder")
 def test_a_compiled_model_gives_the_same_loss_and_gradients(family):
     model, inputs = wrapped(family), batch(family)
     lowrank_geo.param_groups(model)

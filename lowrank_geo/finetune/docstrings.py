@@ -5,10 +5,12 @@ import random
 import sysconfig
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 LEFT_OUT = {"test", "tests", "idlelib", "lib2to3", "site-packages", "turtledemo", "pydoc_data"}
 SHORTEST = 4  # words
+Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def docstring_examples(classes: int = 12, each: int = 60) -> list[tuple[str, str]]:
@@ -36,18 +38,35 @@ def docstring_examples(classes: int = 12, each: int = 60) -> list[tuple[str, str
     return examples
 
 
-def documented(library: Path) -> Iterator[tuple[str, str]]:
+@cache
+def documented(library: Path) -> tuple[tuple[str, str], ...]:
     """The module and text of every docstring of a class or function below a folder."""
-    for file in sorted(library.rglob("*.py")):
+    found = []
+    for file in sources(library):
         parts = file.relative_to(library).parts
-        if LEFT_OUT & set(parts):
-            continue
         try:
             tree = ast.parse(file.read_text("utf-8"))
         except (SyntaxError, UnicodeDecodeError, ValueError):
             continue  # templates and files for tests are no Python
         module = parts[0].removesuffix(".py").lstrip("_")
-        for node in ast.walk(tree):
-            if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                if text := ast.get_docstring(node):
-                    yield module, text
+        found += [(module, text) for node in definitions(tree) if (text := ast.get_docstring(node))]
+    return tuple(found)
+
+
+def sources(folder: Path) -> Iterator[Path]:
+    """The Python files below a folder, in order; what is left out is not entered."""
+    for path in sorted(folder.iterdir()):
+        if path.name not in LEFT_OUT:
+            if path.is_dir() and not path.is_symlink():
+                yield from sources(path)
+            elif path.suffix == ".py":
+                yield path
+
+
+def definitions(node: ast.AST) -> Iterator[Definition]:
+    """The classes and functions in a tree. They are statements: expressions, most of a tree, are not entered."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, Definition):
+            yield child
+        if not isinstance(child, ast.expr):
+            yield from definitions(child)
