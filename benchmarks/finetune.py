@@ -2,13 +2,14 @@
 
     python benchmarks/finetune.py digits --quick      # r = 4, 16, 32, five methods, one seed
     python benchmarks/finetune.py digits              # r = 4, 8, 16, 32, three seeds
-    python benchmarks/finetune.py docstrings --quick  # needs lowrank-geo[demo]; 30 s a run, 40 minutes a core
-    python benchmarks/finetune.py docstrings --ranks 16 --only "fixed-rank, muon|^lora"  # all ranks: 5 hours a core
-    python benchmarks/finetune.py docstrings --ranks 4 --head 0.01  # the rate of the new head is not swept otherwise
+    python benchmarks/finetune.py docstrings --quick  # r = 16; needs lowrank-geo[demo]; 15 to 30 s a run, 13 a method
+    python benchmarks/finetune.py docstrings --ranks 16 --only "fixed-rank, muon|^lora"  # all of it: 12 hours a core
 
 digits: a small ViT pre-trained on the digits 0 to 4 of scikit-learn, fine-tuned on 5 to 9 with a new head. docstrings:
-the MiniLM encoder, which module of the standard library a docstring comes from. Every method has a grid of learning
-rates of ratio 2, grown until its best is inside. Runs are kept in results/ and skipped. Ends with one JSON line.
+the MiniLM encoder, which module of the standard library a docstring comes from. Every method has grids of ratio 2 for
+two learning rates, its own and that of the new head, grown until the best is inside: a method that is compared at the
+head's rate of another one looks worse by more than what adapters differ by. Runs are kept in results/ and skipped. Ends
+with one JSON line.
 """
 
 import argparse
@@ -17,13 +18,14 @@ import math
 import re
 import statistics
 import time
+from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from protocol import Row, Run, Store, environment, geometric, sweep, table
+from protocol import Row, Run, Store, environment, geometric, round_rate, sweep, table
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from transformers import ViTConfig, ViTForImageClassification
@@ -41,9 +43,13 @@ FIRST = {
     "lion": 1e-3,
     "full": 2.5e-4,
 }  # first rate of the grid where 2.5e-3 is far off
-HEAD = 2e-3  # learning rate of new heads; PEFT's preconditioner knows one rate for all
-RANKS, QUICK_RANKS = (4, 8, 16, 32), (4, 16, 32)
+HEAD = 8e-3  # where the search for the learning rate of new heads starts
+RANKS = (4, 8, 16, 32)
+QUICK_RANKS = {"digits": (4, 16, 32), "docstrings": (16,)}
 QUICK = ("fixed-rank, muon", "lora", "lora-manifold", "pissa", "full")
+
+
+Compute = Callable[[float, Run], dict[str, Any]]  # of the rate of the head, and a run
 
 
 class Digits(NamedTuple):
@@ -98,9 +104,7 @@ def pretrained() -> dict[str, Tensor]:
     return model.state_dict()
 
 
-def compute_digits(
-    method: str, optimizer: str, r: int, run: Run, head: float = HEAD
-) -> dict[str, Any]:
+def compute_digits(method: str, optimizer: str, r: int, head: float, run: Run) -> dict[str, Any]:
     """Fine-tune for 60 steps of 32; "loss" is that of held-out images."""
     model = small_vit(run.seed)
     new_head = model.classifier.state_dict()
@@ -139,7 +143,7 @@ def compute_digits(
 
 
 def compute_docstrings(
-    method: str, optimizer: str, r: int, run: Run, head: float = HEAD
+    method: str, optimizer: str, r: int, head: float, run: Run
 ) -> dict[str, Any]:
     """Fine-tune MiniLM with Trainer for 60 steps of 16 texts of at most 32 tokens."""
     from lowrank_geo.finetune.run import finetune
@@ -152,50 +156,77 @@ TASKS = {"digits": compute_digits, "docstrings": compute_docstrings}
 
 
 def entries(r: int, quick: bool) -> list[tuple[str, str, str]]:
-    """(label, method, optimizer) of what is compared at a rank; full fine-tuning has none and is there once."""
+    """(name, method, optimizer) of what is compared at a rank; full fine-tuning has none and is there once."""
     found = [(f"fixed-rank, {name}", "fixed-rank", name) for name in OPTIMIZERS]
-    found += [(name, name, "muon") for name in BASELINES]
-    if quick:
-        found = [entry for entry in found if entry[0] in QUICK and (entry[0] != "full" or r == 16)]
-    return [(f"{label} | r {r}", method, optimizer) for label, method, optimizer in found]
+    found += [(name, name, "muon") for name in BASELINES if name != "full" or r == 16]
+    return [entry for entry in found if not quick or entry[0] in QUICK]
+
+
+def label(name: str, r: int, head: float) -> str:
+    """What a run is kept under."""
+    return f"{name} | r {r} | head {head:g}"
 
 
 def first_rate(method: str, optimizer: str) -> float:
     return FIRST.get(optimizer if method == "fixed-rank" else method, 2.5e-3)
 
 
-def means(store: Store, label: str) -> dict[float, float]:
-    """The mean held-out loss of a method over the seeds of each rate."""
+class Tuned(NamedTuple):
+    """A method at the best of both learning rates."""
+
+    name: str
+    r: int
+    head: float
+    row: Row
+
+
+def sweep_both(
+    store: Store, name: str, r: int, grid: list[float], compute: Compute, seeds: int
+) -> Tuned:
+    """The protocol for one method, at the rate of the head that is the best with one seed."""
+    rows: dict[float, Row] = {}
+
+    def at(head: float, grid: list[float], seeds: int) -> Row:
+        return sweep(store, label(name, r, head), grid, partial(compute, head), seeds=seeds)
+
+    head = HEAD
+    while True:
+        for rate in (head, round_rate(head / 2), round_rate(head * 2)):
+            if rate not in rows:
+                rows[rate] = at(rate, grid, 1)
+                grid = geometric(rows[rate].lr / 2, 2.0, 3)
+        best = min(rows, key=lambda rate: rows[rate].loss)
+        if best == head:
+            return Tuned(name, r, head, at(head, grid, seeds))
+        head = best
+
+
+def as_good(store: Store, tuned: Tuned, bar: float) -> float:
+    """The largest over the smallest rate at which a method is no worse than `bar`, the loss of LoRA at its best and the
+    same rank; 0 if there is none, NaN without LoRA. A bar that is one for all: within 5 % of its own best, a method
+    with a deep minimum looks sensitive at rates where it still beats the others.
+    """
     losses: dict[float, list[float]] = {}
     for run, record in store.records.items():
-        if run.method == label:
+        if run.method == tuned.row.method:
             losses.setdefault(run.lr, []).append(record["loss"])
-    return {lr: statistics.fmean(found) for lr, found in losses.items()}
-
-
-def as_good(store: Store, label: str) -> float:
-    """The largest over the smallest rate at which a method is no worse than LoRA at its best, of the same rank; 0
-    if there is none, NaN without LoRA. A bar that is one for all: within 5 % of its own best, a method with a deep
-    minimum looks sensitive at rates where it still beats the others.
-    """
-    bar = min(means(store, f"lora | {label.split(' | ')[1]}").values(), default=math.nan)
-    good = [lr for lr, loss in means(store, label).items() if loss <= bar]
+    good = [lr for lr, found in losses.items() if statistics.fmean(found) <= bar]
     return math.nan if math.isnan(bar) else max(good) / min(good) if good else 0.0
 
 
-def line(row: Row, store: Store) -> list[str]:
-    records = [
-        r for run, r in store.records.items() if run.method == row.method and run.lr == row.lr
-    ]
+def line(tuned: Tuned, store: Store, bar: float) -> list[str]:
+    row = tuned.row
+    records = [store.records[Run(row.method, row.lr, seed)] for seed in range(row.seeds)]
     accuracy = statistics.fmean(r["accuracy"] for r in records)
     speed = statistics.fmean(r["samples_per_second"] for r in records)
     return [
-        row.method.replace(" |", ","),
+        f"{tuned.name}, r {tuned.r}",
         f"{accuracy:.3f}",
         f"{row.loss:.3f} ± {row.spread:.3f}",
         f"{row.lr:.3g}",
+        f"{tuned.head:.3g}",
         f"{row.window:.0f}",
-        f"{as_good(store, row.method):.0f}",
+        f"{as_good(store, tuned, bar):.0f}",
         f"{row.record['trained']:,}",
         f"{speed:.0f}",
         f"{row.record['peak_memory'] / 2**20:,.0f}",
@@ -207,6 +238,7 @@ HEADER = [
     "accuracy",
     "held-out loss",
     "best lr",
+    "of the head",
     "lr window",
     "as LoRA",
     "trained",
@@ -225,25 +257,22 @@ def main() -> None:
     parser.add_argument(
         "--only", default="", help="methods whose name matches this regular expression"
     )
-    parser.add_argument("--head", type=float, default=HEAD, help="learning rate of the new head")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    quick = arguments.quick
-    name = f"finetune-{arguments.task}" + ("-quick" if quick else "")
+    task, quick = arguments.task, arguments.quick
+    name = f"finetune-{task}" + ("-quick" if quick else "")
     store = Store(Path(__file__).parent / "results" / f"{name}.jsonl")
-    rows = []
-    for r in arguments.ranks or (QUICK_RANKS if quick else RANKS):
-        for label, method, optimizer in entries(r, quick):
-            if not re.search(arguments.only, label):
-                continue
-            if arguments.head != HEAD:
-                label += f", head {arguments.head:g}"
-            compute = partial(TASKS[arguments.task], method, optimizer, r, head=arguments.head)
-            grid = geometric(first_rate(method, optimizer), 2.0, 4)
-            rows.append(sweep(store, label, grid, compute, seeds=1 if quick else 3))
-    print(table(HEADER, [line(row, store) for row in rows]))
-    records = [{**row._asdict()} for row in rows]
+    found = []
+    for r in arguments.ranks or (QUICK_RANKS[task] if quick else RANKS):
+        for entry, method, optimizer in entries(r, quick):
+            if re.search(arguments.only, entry):
+                compute = partial(TASKS[task], method, optimizer, r)
+                grid = geometric(first_rate(method, optimizer), 2.0, 4)
+                found.append(sweep_both(store, entry, r, grid, compute, 1 if quick else 3))
+    bars = {tuned.r: tuned.row.loss for tuned in found if tuned.name == "lora"}
+    print(table(HEADER, [line(tuned, store, bars.get(tuned.r, math.nan)) for tuned in found]))
+    records = [{**tuned.row._asdict(), "head": tuned.head} for tuned in found]
     print(json.dumps({"benchmark": name, "rows": records, **environment()}))
 
 

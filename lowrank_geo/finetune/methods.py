@@ -86,15 +86,19 @@ def ours(model: nn.Module, config: FinetuneConfig, lr: float) -> Optimizer:
     return make(**settings)
 
 
-def adamw(model: nn.Module, config: FinetuneConfig, lr: float) -> Optimizer:
-    """AdamW with the rate of the adapters, and that of the head for modules that are new."""
+def with_head(model: nn.Module, config: FinetuneConfig, lr: float) -> list[dict[str, Any]]:
+    """Groups of two: the adapters with their rate, and modules that are new with that of the head."""
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     is_new = {n: "modules_to_save" in n or n.startswith("classifier") for n, _ in named}
     groups = [
         {"params": [p for n, p in named if not is_new[n]], "lr": lr},
         {"params": [p for n, p in named if is_new[n]], "lr": config.euclidean_lr},
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=0.0)
+    return [g for g in groups if g["params"]]
+
+
+def adamw(model: nn.Module, config: FinetuneConfig, lr: float) -> Optimizer:
+    return torch.optim.AdamW(with_head(model, config, lr), weight_decay=0.0)
 
 
 def manifold(model: nn.Module, config: FinetuneConfig, lr: float) -> Optimizer:
@@ -102,11 +106,15 @@ def manifold(model: nn.Module, config: FinetuneConfig, lr: float) -> Optimizer:
 
 
 def preconditioned(model: Any, config: FinetuneConfig, lr: float) -> Optimizer:
-    """PEFT's own preconditioner around AdamW; it knows one learning rate."""
+    """PEFT's own preconditioner around AdamW, which makes one group: new modules get one of their own here."""
     from peft.optimizers import create_riemannian_optimizer
 
     wrapped: Any = model
-    return create_riemannian_optimizer(wrapped, torch.optim.AdamW, lr=lr, weight_decay=0.0)
+    optimizer = create_riemannian_optimizer(wrapped, torch.optim.AdamW, lr=lr, weight_decay=0.0)
+    optimizer.param_groups.clear()
+    for group in with_head(model, config, lr):
+        optimizer.add_param_group(group)
+    return optimizer
 
 
 METHODS: dict[str, Method] = {
