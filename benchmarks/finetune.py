@@ -43,7 +43,8 @@ FIRST = {
     "lion": 1e-3,
     "full": 2.5e-4,
 }  # first rate of the grid where 2.5e-3 is far off
-HEAD = 8e-3  # where the search for the learning rate of new heads starts
+HEAD = {"digits": 4e-3, "docstrings": 0.032}  # where the search for the rate of new heads starts
+SEARCH = {"digits": 3, "docstrings": 1}  # seeds of that search: what is noisier is quicker, too
 RANKS = (4, 8, 16, 32)
 QUICK_RANKS = {"digits": (4, 16, 32), "docstrings": (16,)}
 QUICK = ("fixed-rank, muon", "lora", "lora-manifold", "pissa", "full")
@@ -181,19 +182,26 @@ class Tuned(NamedTuple):
 
 
 def sweep_both(
-    store: Store, name: str, r: int, grid: list[float], compute: Compute, seeds: int
+    store: Store,
+    name: str,
+    r: int,
+    grid: list[float],
+    compute: Compute,
+    *,
+    head: float,
+    search: int,
+    seeds: int,
 ) -> Tuned:
-    """The protocol for one method, at the rate of the head that is the best with one seed."""
+    """The protocol for one method, at the rate of the head, from `head` on, that is the best with `search` seeds."""
     rows: dict[float, Row] = {}
 
     def at(head: float, grid: list[float], seeds: int) -> Row:
         return sweep(store, label(name, r, head), grid, partial(compute, head), seeds=seeds)
 
-    head = HEAD
     while True:
         for rate in (head, round_rate(head / 2), round_rate(head * 2)):
             if rate not in rows:
-                rows[rate] = at(rate, grid, 1)
+                rows[rate] = at(rate, grid, search)
                 grid = geometric(rows[rate].lr / 2, 2.0, 3)
         best = min(rows, key=lambda rate: rows[rate].loss)
         if best == head:
@@ -269,7 +277,12 @@ def main() -> None:
             if re.search(arguments.only, entry):
                 compute = partial(TASKS[task], method, optimizer, r)
                 grid = geometric(first_rate(method, optimizer), 2.0, 4)
-                found.append(sweep_both(store, entry, r, grid, compute, 1 if quick else 3))
+                settings = (
+                    dict(search=SEARCH[task], seeds=3) if not quick else dict(search=1, seeds=1)
+                )
+                found.append(
+                    sweep_both(store, entry, r, grid, compute, head=HEAD[task], **settings)
+                )
     bars = {tuned.r: tuned.row.loss for tuned in found if tuned.name == "lora"}
     print(table(HEADER, [line(tuned, store, bars.get(tuned.r, math.nan)) for tuned in found]))
     records = [{**tuned.row._asdict(), "head": tuned.head} for tuned in found]

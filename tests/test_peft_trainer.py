@@ -40,11 +40,21 @@ def test_the_groups_keep_triples_and_put_the_head_off_the_manifold():
     assert [g["geometry"] for g in groups] == ["fixed_rank", "euclidean", "euclidean"]
     assert [g["lr"] for g in groups] == [0.5, 0.25, 0.25]
     assert [g["weight_decay"] for g in groups] == [0.1, 0.1, 0.0]
+    assert [g["betas"] for g in groups] == 3 * [(0.9, 0.999)]
     assert issubclass(cls, torch.optim.Optimizer)
     assert type(cls(groups)).__name__ == "RiemannianMuon"
     assert sum(p.numel() for g in groups for p in g["params"]) == sum(
         p.numel() for p in net.parameters() if p.requires_grad
     )
+
+
+@pytest.mark.parametrize(
+    "name, betas", [("adam", (0.5, 0.6)), ("qhadam", (0.95, 0.98)), ("rmsprop", (0.0, 0.95))]
+)
+def test_adam_takes_betas_and_methods_that_are_defined_by_theirs_keep_them(name, betas):
+    cls, settings = optimizer_for(model(), name, betas=(0.5, 0.6))
+    optimizer = cls(**settings)
+    assert {tuple(group["betas"]) for group in optimizer.param_groups} == {betas}
 
 
 @pytest.mark.parametrize("name", RESUMED)

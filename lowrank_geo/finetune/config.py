@@ -20,7 +20,7 @@ class FinetuneConfig:
     r: int = option(16, "Rank of the adapters.")
     optimizer: str = option("muon", "Optimizer of the fixed-rank adapter.")
     lr: float | None = option(None, "Learning rate of the adapters; the method's own if left out.")
-    euclidean_lr: float = option(2e-3, "Learning rate of the new head.")
+    euclidean_lr: float = option(1e-2, "Learning rate of the new head.")
     steps: int = option(80, "Optimizer steps.")
     batch: int = option(16, "Examples that are computed together.")
     accumulate: int = option(1, "Batches of a step.")

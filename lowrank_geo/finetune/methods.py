@@ -13,6 +13,7 @@ from lowrank_geo.finetune.config import FinetuneConfig
 from lowrank_geo.optim import LoRAPreconditioned
 from lowrank_geo.optim.named import optimizer_named
 from lowrank_geo.peft import FixedRankConfig, optimizer_for
+from lowrank_geo.peft.training import BETAS
 
 Wrap = Callable[[nn.Module, FinetuneConfig, str], nn.Module]
 Make = Callable[[nn.Module, FinetuneConfig, float], Optimizer]
@@ -102,7 +103,7 @@ def adamw(model: nn.Module, config: FinetuneConfig, lr: float) -> Optimizer:
 
 
 def manifold(model: nn.Module, config: FinetuneConfig, lr: float) -> Optimizer:
-    return LoRAPreconditioned(model, lr=lr, euclidean_lr=config.euclidean_lr)
+    return LoRAPreconditioned(model, lr=lr, euclidean_lr=config.euclidean_lr, betas=BETAS)
 
 
 def preconditioned(model: Any, config: FinetuneConfig, lr: float) -> Optimizer:

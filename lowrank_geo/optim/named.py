@@ -29,6 +29,9 @@ class Named(NamedTuple):
     lr: float
     euclidean_lr: float
     gradient: Gradient = "tangent"  # what it reads
+    takes_betas: bool = (
+        False  # whether its groups may name other betas than the tied ones of pre-training
+    )
 
 
 def of(cls: Callable[..., Optimizer], **settings: Any) -> Callable[[Groups, int | None], Optimizer]:
@@ -66,17 +69,17 @@ def schedule_free(
 
 
 OPTIMIZERS: dict[str, Named] = {
-    "adam": Named(of(RiemannianAdam), 5e-3, 2e-3),
-    "adam-core": Named(of(RiemannianAdam, over="core"), 5e-3, 2e-3),
-    "adam-scalar": Named(of(RiemannianAdam, over="matrix"), 5e-3, 2e-3),
+    "adam": Named(of(RiemannianAdam), 5e-3, 2e-3, takes_betas=True),
+    "adam-core": Named(of(RiemannianAdam, over="core"), 5e-3, 2e-3, takes_betas=True),
+    "adam-scalar": Named(of(RiemannianAdam, over="matrix"), 5e-3, 2e-3, takes_betas=True),
     "adamw": Named(of(torch.optim.AdamW), 2e-3, 2e-3, gradient="factors"),
     "adavar": Named(of(RiemannianAdam, betas=(0.95, 0.975), gamma=0.975), 5e-3, 2e-3),
     "dlrt-adam": Named(of(AugmentedAdam), 2e-2, 2e-3),
     "dlrt-heavy-ball": Named(of(AugmentedHeavyBall), 0.1, 0.1),
     "fsgdm": Named(fsgdm, 0.4, 0.4),
     "lion": Named(of(RiemannianLion), 2e-3, 2e-3),
-    "muon": Named(of(RiemannianMuon), 1e-2, 2e-3),
-    "muon-product": Named(of(RiemannianMuon, metric="product"), 1e-2, 2e-3),
+    "muon": Named(of(RiemannianMuon), 1e-2, 2e-3, takes_betas=True),
+    "muon-product": Named(of(RiemannianMuon, metric="product"), 1e-2, 2e-3, takes_betas=True),
     "qhadam": Named(of(RiemannianAdam, betas=(0.95, 0.98), nus=(0.8, 1.0)), 5e-3, 2e-3),
     "qhm": Named(momentum(QHM(0.7, 0.99)), 1.0, 1.0),
     "rmsprop": Named(of(RiemannianAdam, betas=(0.0, 0.95)), 2e-3, 1e-3),
