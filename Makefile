@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
-# Compiling all 17 000 files of the packages takes a third of an installation; the 3 000 that are imported compile then.
+# Compiling all 17 000 files of the packages takes a third of an installation; those that are imported compile then.
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
 unexport PYTHONDONTWRITEBYTECODE
 

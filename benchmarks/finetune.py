@@ -181,6 +181,11 @@ class Tuned(NamedTuple):
     row: Row
 
 
+def around(lr: float) -> list[float]:
+    """A rate and its two neighbours."""
+    return geometric(lr / 2, 2.0, 3)
+
+
 def sweep_both(
     store: Store,
     name: str,
@@ -202,10 +207,10 @@ def sweep_both(
         for rate in (head, round_rate(head / 2), round_rate(head * 2)):
             if rate not in rows:
                 rows[rate] = at(rate, grid, search)
-                grid = geometric(rows[rate].lr / 2, 2.0, 3)
+                grid = around(rows[rate].lr)
         best = min(rows, key=lambda rate: rows[rate].loss)
         if best == head:
-            return Tuned(name, r, head, at(head, grid, seeds))
+            return Tuned(name, r, head, at(head, around(rows[head].lr), seeds))
         head = best
 
 
@@ -277,11 +282,12 @@ def main() -> None:
             if re.search(arguments.only, entry):
                 compute = partial(TASKS[task], method, optimizer, r)
                 grid = geometric(first_rate(method, optimizer), 2.0, 4)
-                settings = (
-                    dict(search=SEARCH[task], seeds=3) if not quick else dict(search=1, seeds=1)
-                )
+                search, seeds = (1, 1) if quick else (SEARCH[task], 3)
+                start = HEAD[task]
                 found.append(
-                    sweep_both(store, entry, r, grid, compute, head=HEAD[task], **settings)
+                    sweep_both(
+                        store, entry, r, grid, compute, head=start, search=search, seeds=seeds
+                    )
                 )
     bars = {tuned.r: tuned.row.loss for tuned in found if tuned.name == "lora"}
     print(table(HEADER, [line(tuned, store, bars.get(tuned.r, math.nan)) for tuned in found]))

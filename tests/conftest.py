@@ -59,8 +59,8 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
     """Coverage is traced in the first case of a test that is not slow.
 
-    Tracing every line of every case, those of compilers, plots and pytest among them, takes half as long again and adds
-    next to no line of ours.
+    Tracing every line of every case, those of compilers, plots and pytest among them, takes a fifth longer or more;
+    what is left out makes the reported share a lower bound.
     """
     if (coverage := tracer(item.config)) is not None:
         seen = item.config.stash.setdefault(SEEN, set())
