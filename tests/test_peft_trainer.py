@@ -49,7 +49,13 @@ def test_the_groups_keep_triples_and_put_the_head_off_the_manifold():
 
 
 @pytest.mark.parametrize(
-    "name, betas", [("adam", (0.5, 0.6)), ("qhadam", (0.95, 0.98)), ("rmsprop", (0.0, 0.95))]
+    "name, betas",
+    [
+        ("adam", (0.5, 0.6)),
+        ("qhadam", (0.5, 0.6)),
+        ("adavar", (0.95, 0.975)),
+        ("rmsprop", (0.0, 0.95)),
+    ],
 )
 def test_adam_takes_betas_and_methods_that_are_defined_by_theirs_keep_them(name, betas):
     cls, settings = optimizer_for(model(), name, betas=(0.5, 0.6))

@@ -29,9 +29,7 @@ class Named(NamedTuple):
     lr: float
     euclidean_lr: float
     gradient: Gradient = "tangent"  # what it reads
-    takes_betas: bool = (
-        False  # whether its groups may name other betas than the tied ones of pre-training
-    )
+    takes_betas: bool = False  # whether its groups may name other betas than those of pre-training
 
 
 def of(cls: Callable[..., Optimizer], **settings: Any) -> Callable[[Groups, int | None], Optimizer]:
@@ -80,7 +78,9 @@ OPTIMIZERS: dict[str, Named] = {
     "lion": Named(of(RiemannianLion), 2e-3, 2e-3),
     "muon": Named(of(RiemannianMuon), 1e-2, 2e-3, takes_betas=True),
     "muon-product": Named(of(RiemannianMuon, metric="product"), 1e-2, 2e-3, takes_betas=True),
-    "qhadam": Named(of(RiemannianAdam, betas=(0.95, 0.98), nus=(0.8, 1.0)), 5e-3, 2e-3),
+    "qhadam": Named(
+        of(RiemannianAdam, betas=(0.95, 0.98), nus=(0.8, 1.0)), 5e-3, 2e-3, takes_betas=True
+    ),
     "qhm": Named(momentum(QHM(0.7, 0.99)), 1.0, 1.0),
     "rmsprop": Named(of(RiemannianAdam, betas=(0.0, 0.95)), 2e-3, 1e-3),
     "schedule-free-adam": Named(schedule_free(RiemannianAdam, betas=(0.0, 0.95)), 5e-3, 5e-3),

@@ -13,7 +13,8 @@ from lowrank_geo.lowrank_layer import LowRankLayer
 from lowrank_geo.optim import param_groups
 from lowrank_geo.optim.named import optimizer_named
 
-# Tied ones forget after 20 steps: worth it over thousands, and 0.03 to 0.04 nats lost over 60 (docs/decisions.md).
+# Those of pre-training forget after 20 steps: worth it over thousands, and 0.03 to 0.04 nats lost over 60
+# (docs/decisions.md).
 BETAS = (0.9, 0.999)
 HEADS = ("lm_head", "embed", "classifier", "score", "pooler", "modules_to_save")
 
@@ -35,7 +36,7 @@ def optimizer_for(
 
     Args: name: one of `lowrank_geo.optim.OPTIMIZERS`. lr, euclidean_lr: of the adapters, of the rest; None for the
         method's own. betas: of Adam's moments, in new heads also of "muon"; methods that are defined by theirs,
-        "qhadam" say, keep them. total_steps: of the run, for "fsgdm".
+        "adavar" say, keep them. total_steps: of the run, for "fsgdm".
     Raises: ValueError for an unknown name, a model without trained parameters, and Polyak's step sizes, which need the
         loss that Trainer keeps to itself.
     """
