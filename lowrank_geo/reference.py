@@ -53,16 +53,16 @@ def lowrank_linear_backward(
     Shapes: g = ∂L/∂y (B, m), x (B, n), U (m, r), S (r, r), V (n, r), a = x V (B, r) -> dx (B, n),
         Up (m, r), M (r, r), Vp (n, r).
     """
-    dx = None
     b = g @ U.to(g.dtype)  # (B, r)
-    if with_x:
-        left, right = fold(g.shape[0], V.to(g.dtype), S.to(g.dtype).mT)
-        dx = (b if right is None else b @ right) @ left.mT
-    return dx, *coordinates(U, V, g.mT @ a, x.mT @ b)
+    gradients = coordinates(U, V, g.mT @ a, x.mT @ b)
+    if not with_x:
+        return None, *gradients
+    left, right = fold(g.shape[0], V.to(g.dtype), S.to(g.dtype).mT)
+    return (b if right is None else b @ right) @ left.mT, *gradients
 
 
 def coordinates(U: Tensor, V: Tensor, GV: Tensor, GtU: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(Up, M, Vp) of P_T G from G V and GᵀU, gauged in the dtype of U and V.
+    """(Up, M, Vp) of P_T G from G V and GᵀU, gauged in the dtype of U and V; may overwrite both products.
 
     Shapes: U (m, r), V (n, r), GV (m, r), GtU (n, r) -> Up (m, r), M (r, r), Vp (n, r).
     """
@@ -73,7 +73,9 @@ def coordinates(U: Tensor, V: Tensor, GV: Tensor, GtU: Tensor) -> tuple[Tensor, 
     else:
         M = U.mT @ GV if U.shape[0] <= V.shape[0] else GtU.mT @ V
         Mt = M.mT
-    return torch.addmm(GV, U, M, alpha=-1), M, torch.addmm(GtU, V, Mt, alpha=-1)
+    # torch.func has no rule for the product in place.
+    add = Tensor.addmm if torch._C._are_functorch_transforms_active() else Tensor.addmm_
+    return add(GV, U, M, alpha=-1), M, add(GtU, V, Mt, alpha=-1)
 
 
 def tangent(
