@@ -413,7 +413,7 @@ def train_rows(sizes: Sizes, device: str, *, compiled: bool = True) -> list[dict
                 passed()
                 optimizer.step()
 
-            duration = seconds(train, device, max(3, sizes.repeats // 2))
+            duration = seconds(train, device, max(1, sizes.repeats // 2))
         row = {
             "model": name,
             "parameters": sum(p.numel() for p in model.parameters()),

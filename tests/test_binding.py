@@ -100,7 +100,8 @@ def test_a_model_and_a_step_compiled_without_graph_breaks_train_as_uncompiled_on
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a compiler")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inductor's own
-@pytest.mark.parametrize("backend", [pytest.param("torch", marks=pytest.mark.thorough), "triton"])
+@pytest.mark.thorough
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_inductor_trains_alike_on_both_backends(backend):
     wanted = trained("torch", None, False)
     assert trained(backend, "inductor", False) == pytest.approx(wanted, rel=1e-5)

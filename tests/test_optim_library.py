@@ -119,7 +119,7 @@ COMPILED = (
             name,
             tensor,
             marks=[]
-            if name in COMPILED and (not tensor or name == "muon")
+            if name in COMPILED and tensor == (name == "muon")
             else pytest.mark.thorough,
             id=f"{name}, {'tensor' if tensor else 'float'} lr",
         )

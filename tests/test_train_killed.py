@@ -76,7 +76,7 @@ def without_times(run):
     return [{k: v for k, v in line.items() if k not in timed} for line in lines]
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(12, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("kills", [1, pytest.param(12, marks=pytest.mark.thorough)])
 def test_a_run_killed_at_random_moments_ends_with_the_same_bits(start, text, tmp_path, kills):
     options = ["--data", text, *SIZE, "--steps", 40, "--checkpoint-every", 3, "--eval-every", 10]
     began = time.monotonic()
