@@ -56,7 +56,7 @@ class TrainConfig:
     weight_decay: float = option(0.1, "Decoupled weight decay.")
     schedule: str = option("wsd", "wsd (warmup, stable, decay), cosine or constant.")
     warmup: int | None = option(None, "Steps until the learning rate is reached; 5 % if not given.")
-    steps: int = option(900, "Steps of the optimizer.")
+    steps: int = option(700, "Steps of the optimizer.")
     batch: int = option(16, "Sequences of a step, over all processes and micro-batches.")
     context: int | None = option(None, "Tokens of a sequence; those of the preset if not given.")
     accumulate: int = option(1, "Micro-batches that each process cuts its share of a step into.")
