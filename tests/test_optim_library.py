@@ -118,9 +118,7 @@ COMPILED = (
         pytest.param(
             name,
             tensor,
-            marks=[]
-            if name in COMPILED and tensor == (name == "muon")
-            else pytest.mark.thorough,
+            marks=[] if name in COMPILED and tensor == (name == "muon") else pytest.mark.thorough,
             id=f"{name}, {'tensor' if tensor else 'float'} lr",
         )
         for name in OPTIMIZERS
