@@ -1,6 +1,6 @@
 """Compile every kernel for a GPU that is not there, with the arguments of its own launchers, and print what it needs.
 
-    python tests/cross_compile.py 12x768x96x4096    # the cases, all of CASES if none is named
+    python tests/cross_compile.py 12x768x96x4096    # the cases, all of CASES and of MODES if none is named
 
 One JSON line a kernel: name, case, registers, spilled bytes, shared memory, tensor-core products, products of 32-bit
 numbers with a count of programs, which addresses of large stacks overflow. Run without TRITON_INTERPRET. Tensors live
@@ -103,7 +103,11 @@ CASES = [
     (2, 300, 128, 300),
     (2, 2048, 1024, 4096),
 ]
-ACTIVATIONS = (torch.bfloat16, torch.float16, torch.float32)
+USUAL = [
+    (torch.bfloat16, True),
+    (torch.float32, False),
+]  # activations, and whether they may be rounded
+MODES = list(itertools.product((torch.bfloat16, torch.float16, torch.float32), (True, False)))
 
 
 def main() -> None:
@@ -111,10 +115,10 @@ def main() -> None:
     for sizes in CASES:
         case = "x".join(map(str, sizes))
         if case in (sys.argv[1:] or [case]):
-            compile_all(*sizes)
+            compile_all(*sizes, USUAL if sys.argv[1:] else MODES)
 
 
-def compile_all(L: int, m: int, r: int, tokens: int) -> None:
+def compile_all(L: int, m: int, r: int, tokens: int, modes: list[tuple[torch.dtype, bool]]) -> None:
     """Every kernel with every combination of optional arguments that the package launches."""
     modules = {name: importlib.import_module(f"lowrank_geo.kernels.{name}") for name in NAMES}
     for module in modules.values():
@@ -145,7 +149,7 @@ def compile_all(L: int, m: int, r: int, tokens: int) -> None:
     run["retract"].settle(tall, wide, tall, flags)
     run["retract"].products(tall, tall, tall)
     run["spectral"].apply(tall, core, d)
-    for dtype, fast in itertools.product(ACTIVATIONS, (True, False)):
+    for dtype, fast in modes:
         x, y = torch.empty(tokens, m, dtype=dtype), torch.empty(tokens, r, dtype=dtype)
         run["gram"].gram(x, y, fast=fast)
         run["lowrank_linear"].lowrank_linear(x, tall[0], None, tall[0], x[0], fast=fast)
