@@ -135,6 +135,14 @@ def test_accumulated_batches_are_one_large_batch(folder, task, tmp_path):
 
 
 PRECONDITIONER = needs_peft(0, 21, "has create_riemannian_optimizer")
+
+
+@pytest.fixture(scope="module")
+def adapters(folder):
+    """How many parameters adapters of fixed rank have, with the head."""
+    return finetune(settings(folder, steps=1), method="fixed-rank")["trained"]
+
+
 MARKS = {  # the first three are LoRA with a setting
     **dict.fromkeys(("rslora", "dora", "pissa"), pytest.mark.thorough),
     "lora-riemannian": PRECONDITIONER,
@@ -145,11 +153,10 @@ MARKS = {  # the first three are LoRA with a setting
     "method",
     [pytest.param(name, marks=MARKS.get(name, [])) for name in METHODS],
 )
-def test_every_method_trains(folder, method):
+def test_every_method_trains(folder, adapters, method):
     config = settings(folder, steps=12)
     result = finetune(config, method=method)
     assert result["method"] == method and result["loss"] < 2
-    adapters = finetune(settings(folder, steps=1), method="fixed-rank")["trained"]
     assert (result["trained"] > adapters) == (method in ("dora", "adalora", "full"))
 
 
@@ -164,12 +171,12 @@ def test_a_comparison_is_one_table_with_all_seeds(folder, tmp_path):
         "--steps",
         4,
     ]
-    found = run(*options, "--compare", "lora,adalora", "--seeds", 2, "--out", tmp_path / "out")
+    found = run(*options, "--compare", "lora", "--seeds", 2, "--out", tmp_path / "out")
     assert found.exit_code == 0, found.output
     assert "±" in found.stdout and "trained parameters" in found.stdout
     lines = (tmp_path / "out" / "comparison.jsonl").read_text().splitlines()
     assert [(json.loads(x)["method"], json.loads(x)["seed"]) for x in lines] == [
-        (method, seed) for method in ("fixed-rank", "lora", "adalora") for seed in (0, 1)
+        (method, seed) for method in ("fixed-rank", "lora") for seed in (0, 1)
     ]
 
 

@@ -17,7 +17,7 @@ from lowrank_geo.peft.layer import FixedRankLayer
 
 THOROUGH = pytest.mark.thorough
 NAMES = [name for name in OPTIMIZERS if not name.endswith("-polyak")]
-RESUMED = ["muon", "muon-product", "adam", "qhm", "adamw", "schedule-free-adam", "fsgdm"]
+RESUMED = ["muon", "adam", "adamw", "schedule-free-adam", "fsgdm"]
 
 
 @pytest.mark.parametrize(
