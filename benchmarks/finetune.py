@@ -39,10 +39,12 @@ BASELINES = tuple(name for name in METHODS if name != "fixed-rank")
 FIRST = {
     "muon": 5e-3,
     "muon-product": 0.04,
+    "adam": 6.25e-4,
+    "qhadam": 6.25e-4,
     "sgd": 0.125,
     "lion": 1e-3,
     "full": 2.5e-4,
-}  # first rate of the grid where 2.5e-3 is far off
+}  # first rate of the grid where 2.5e-3 is far off, or where nothing is learned from there on at large ranks
 HEAD = {"digits": 4e-3, "docstrings": 0.032}  # where the search for the rate of new heads starts
 SEARCH = {"digits": 3, "docstrings": 1}  # seeds of that search: what is noisier is quicker, too
 RANKS = (4, 8, 16, 32)
