@@ -106,11 +106,12 @@ def test_clipped_and_maximized_losses_train(net, data):
 
 
 REPLICA = """
-import sys, torch, torch.distributed as dist
+import sys, time, torch, torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from lowrank_geo.layers import LowRankLinear
 from lowrank_geo.optim import Polyak, RiemannianSGD, ScheduleFree, param_groups
+from lowrank_geo.train.distributed import SETTLE
 
 rank, rendezvous = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method="file://" + rendezvous, rank=rank, world_size=2)
@@ -141,6 +142,8 @@ for form in ("collapsed", "branches"):
     both = [torch.empty_like(halves) for _ in range(2)]
     dist.all_gather(both, halves)
     assert torch.equal(*both), form
+dist.barrier()  # who leaves first takes the connections of the other along
+time.sleep(SETTLE)
 dist.destroy_process_group()
 """
 
