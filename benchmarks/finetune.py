@@ -216,17 +216,50 @@ def sweep_both(
         head = best
 
 
+def means(store: Store, method: str) -> dict[float, float]:
+    """The mean loss at each rate that was run; far from the best it is that of one seed."""
+    losses: dict[float, list[float]] = {}
+    for run, record in store.records.items():
+        if run.method == method:
+            losses.setdefault(run.lr, []).append(record["loss"])
+    return {lr: statistics.fmean(found) for lr, found in losses.items()}
+
+
 def as_good(store: Store, tuned: Tuned, bar: float) -> float:
     """The largest over the smallest rate at which a method is no worse than `bar`, the loss of LoRA at its best and the
     same rank; 0 if there is none, NaN without LoRA. A bar that is one for all: within 5 % of its own best, a method
     with a deep minimum looks sensitive at rates where it still beats the others.
     """
-    losses: dict[float, list[float]] = {}
-    for run, record in store.records.items():
-        if run.method == tuned.row.method:
-            losses.setdefault(run.lr, []).append(record["loss"])
-    good = [lr for lr, found in losses.items() if statistics.fmean(found) <= bar]
+    good = [lr for lr, loss in means(store, tuned.row.method).items() if loss <= bar]
     return math.nan if math.isnan(bar) else max(good) / min(good) if good else 0.0
+
+
+def one_rate(store: Store, ranks: list[Tuned]) -> tuple[float, float]:
+    """The rate that serves all ranks of a method best, and its mean loss above that of each rank's own best rate.
+
+    Of the rates that were run at every rank, with the head that is best at the rank; NaN if there is none.
+    """
+    found = [means(store, tuned.row.method) for tuned in ranks]
+    shared = set.intersection(*(set(losses) for losses in found))
+    excess = {
+        lr: statistics.fmean(
+            losses[lr] - tuned.row.loss for losses, tuned in zip(found, ranks, strict=True)
+        )
+        for lr in shared
+    }
+    return min(excess.items(), key=lambda item: item[1], default=(math.nan, math.nan))
+
+
+def transfer(store: Store, found: list[Tuned]) -> list[list[str]]:
+    """How far one learning rate for all ranks goes, a line for each method that was tuned at several."""
+    by_name = {t.name: [x for x in found if x.name == t.name] for t in found}
+    lines = []
+    for name, ranks in by_name.items():
+        if len(ranks) > 1:
+            lr, excess = one_rate(store, ranks)
+            own = ", ".join(f"{x.row.lr:.3g} (r {x.r})" for x in ranks)
+            lines.append([name, own, f"{lr:.3g}", f"{excess:.3f}"])
+    return lines
 
 
 def line(tuned: Tuned, store: Store, bar: float) -> list[str]:
@@ -293,6 +326,8 @@ def main() -> None:
                 )
     bars = {tuned.r: tuned.row.loss for tuned in found if tuned.name == "lora"}
     print(table(HEADER, [line(tuned, store, bars.get(tuned.r, math.nan)) for tuned in found]))
+    if shared := transfer(store, found):
+        print(table(["method", "best lr of each rank", "one lr", "mean excess loss"], shared))
     records = [{**tuned.row._asdict(), "head": tuned.head} for tuned in found]
     print(json.dumps({"benchmark": name, "rows": records, **environment()}))
 

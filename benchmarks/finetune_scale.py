@@ -22,6 +22,7 @@ from finetune import RANKS, compute_digits
 from protocol import Run, Store, environment, geometric, table
 
 FIRST = {"muon": 0.01, "muon-product": 0.04}
+HEAD = 2e-3  # rate of the new head, which matters little here
 COUNT = 7
 POWERS = (0.0, 0.25, 0.5)
 
@@ -47,7 +48,7 @@ class Curve(NamedTuple):
 
 
 def curve(store: Store, optimizer: str, r: int, grid: list[float], seeds: int) -> Curve:
-    compute = partial(compute_digits, "fixed-rank", optimizer, r)
+    compute = partial(compute_digits, "fixed-rank", optimizer, r, HEAD)
     found = [
         [store.get(Run(f"r {r}", lr, seed), compute)["loss"] for seed in range(seeds)]
         for lr in grid
