@@ -1,6 +1,8 @@
 """The commands: what they print, one sentence and code 2 for bad input, nothing left behind."""
 
 import json
+import os
+import subprocess
 import sys
 
 import pytest
@@ -174,3 +176,12 @@ def test_sentence_is_one_line():
     assert sentence(ValueError("a\n  b")) == "a b"
     assert sentence(OSError()) == "OSError"
     assert sentence(PermissionError(13, "Permission denied", "/x")) == "Permission denied: /x"
+
+
+def test_a_reader_that_has_enough_is_no_error():
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "lowrank_geo", "plan"]
+    with os.fdopen(write) as closed:
+        found = subprocess.run(command, stdout=closed, stderr=subprocess.PIPE, text=True)
+    assert found.stderr == "" and found.returncode == 1

@@ -65,6 +65,12 @@ def folder(tmp_path_factory):
     return home
 
 
+@pytest.fixture(scope="module")
+def adapters(folder):
+    """How many parameters adapters of fixed rank have, with the head."""
+    return finetune(settings(folder, steps=1), method="fixed-rank")["trained"]
+
+
 def settings(folder, **changes):
     common = dict(
         model=str(folder / "encoder"), data=str(folder / "rows.jsonl"), r=2, steps=6, batch=4
@@ -135,14 +141,6 @@ def test_accumulated_batches_are_one_large_batch(folder, task, tmp_path):
 
 
 PRECONDITIONER = needs_peft(0, 21, "has create_riemannian_optimizer")
-
-
-@pytest.fixture(scope="module")
-def adapters(folder):
-    """How many parameters adapters of fixed rank have, with the head."""
-    return finetune(settings(folder, steps=1), method="fixed-rank")["trained"]
-
-
 MARKS = {  # the first three are LoRA with a setting
     **dict.fromkeys(("rslora", "dora", "pissa"), pytest.mark.thorough),
     "lora-riemannian": PRECONDITIONER,

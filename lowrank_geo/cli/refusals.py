@@ -25,6 +25,8 @@ def refusals(debug: bool) -> Iterator[None]:
         raise typer.Exit(stopped.code) from None
     except KeyboardInterrupt:
         raise typer.Exit(128 + signal.SIGINT) from None
+    except BrokenPipeError:
+        raise  # whoever read along, `head` say, has enough: the command line ends without a word
     except OURS_TO_SAY as error:
         if debug:
             raise
