@@ -2,11 +2,12 @@
 
     python benchmarks/finetune_scale.py                  # about 20 minutes on 1 core
     python benchmarks/finetune_scale.py --optimizer muon-product
+    python benchmarks/finetune_scale.py --optimizer qhadam   # whose rate `optimizer_for` divides by the rank
 
 The digits of benchmarks/finetune.py at r = 4, 8, 16 and 32, a grid of ratio √2, three seeds at every rate: near the
 best the curves are flatter than one seed is certain. A step times (8/r)^p is the same as a rate times it, so the loss
-at a common rate under each p is read off the same curves, between the rates in their logarithm. Runs are kept in
-results/ and skipped. Ends with one JSON line.
+at a common rate under each p is read off the same curves, between the rates in their logarithm; p = 0 is what
+`optimizer_for` does. Runs are kept in results/ and skipped. Ends with one JSON line.
 """
 
 import argparse
@@ -21,10 +22,21 @@ import torch
 from finetune import RANKS, compute_digits
 from protocol import Run, Store, environment, geometric, table
 
-FIRST = {"muon": 0.01, "muon-product": 0.04}
+
+class Plan(NamedTuple):
+    """The grid of an optimizer, and the scales of its step that are compared."""
+
+    first: float
+    count: int
+    powers: tuple[float, ...]
+
+
+PLANS = {
+    "muon": Plan(0.01, 7, (0.0, 0.25, 0.5)),
+    "muon-product": Plan(0.04, 7, (0.0, 0.25, 0.5)),
+    "qhadam": Plan(2.5e-3, 10, (-1.0, -0.5, 0.0, 0.5)),
+}
 HEAD = 2e-3  # rate of the new head, which matters little here
-COUNT = 7
-POWERS = (0.0, 0.25, 0.5)
 
 
 class Curve(NamedTuple):
@@ -65,14 +77,15 @@ def excess(curves: dict[int, Curve], lr: float, power: float) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--optimizer", choices=sorted(FIRST), default="muon")
+    parser.add_argument("--optimizer", choices=sorted(PLANS), default="muon")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     name = f"finetune-scale-{arguments.optimizer}"
     store = Store(Path(__file__).parent / "results" / f"{name}.jsonl")
-    grid = geometric(FIRST[arguments.optimizer], 2**0.5, COUNT)
+    plan = PLANS[arguments.optimizer]
+    grid = geometric(plan.first, 2**0.5, plan.count)
     curves = {r: curve(store, arguments.optimizer, r, grid, arguments.seeds) for r in RANKS}
     cells = [
         [f"{lr:.3g}", *(f"{c.losses[i]:.3f} ± {c.errors[i]:.3f}" for c in curves.values())]
@@ -81,7 +94,7 @@ def main() -> None:
     print(table(["lr", *(f"r = {r}" for r in RANKS)], cells))
     shared = {
         power: {lr: value for lr in grid if math.isfinite(value := excess(curves, lr, power))}
-        for power in POWERS
+        for power in plan.powers
     }
     best = {power: min(found, key=found.__getitem__) for power, found in shared.items()}
     rows = [

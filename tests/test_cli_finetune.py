@@ -85,7 +85,7 @@ def run(*arguments):
 @pytest.mark.parametrize("suffix", ["jsonl", "csv"])
 def test_a_run_learns_saves_the_adapter_and_the_same_as_lora(folder, suffix, tmp_path):
     options = ["--model", folder / "encoder", "--data", folder / f"rows.{suffix}", "--r", 2]
-    found = run(*options, "--steps", 40, "--batch", 8, "--lr", 0.05, "--out", tmp_path / "out")
+    found = run(*options, "--steps", 40, "--batch", 8, "--lr", 0.005, "--out", tmp_path / "out")
     assert found.exit_code == 0, found.output
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert result["accuracy"] > 0.9 and result["config"]["steps"] == 40
@@ -106,7 +106,7 @@ def test_a_run_learns_saves_the_adapter_and_the_same_as_lora(folder, suffix, tmp
 
 def test_a_language_model_is_fine_tuned_on_lines(folder, tmp_path):
     base = {"model": str(folder / "decoder"), "data": str(folder / "rows.txt"), "task": "causal-lm"}
-    result = finetune(settings(folder, **base, steps=30, lr=0.05))
+    result = finetune(settings(folder, **base, steps=30, lr=0.01))
     untouched = finetune(settings(folder, **base, steps=1, lr=0.0, euclidean_lr=0.0))
     assert result["loss"] < untouched["loss"] - 0.2 and "accuracy" not in result
 
@@ -269,7 +269,7 @@ def test_a_model_with_a_head_for_other_labels_gets_a_new_one(folder, tmp_path):
     data = tmp_path / "rows.jsonl"
     rows = [{"text": WORDS[i % 6], "label": f"word {i % 6}"} for i in range(48)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = settings(folder, data=str(data), steps=60, batch=12, lr=0.05, euclidean_lr=0.02)
+    config = settings(folder, data=str(data), steps=60, batch=12, lr=0.01, euclidean_lr=0.02)
     assert finetune(config, tmp_path / "out")["accuracy"] > 0.9
     written = json.loads((tmp_path / "out" / "result.json").read_text())
     assert written["labels"] == [f"word {i}" for i in range(6)]

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from peft_models import batch, logits, tiny
 from tiny_models import relative
+from torch import nn
 from trainer_run import lora_trainer, model, trained, trainer
 
 from lowrank_geo.optim import OPTIMIZERS
-from lowrank_geo.peft import RankCallback, optimizer_for
+from lowrank_geo.peft import FixedRankConfig, RankCallback, optimizer_for
 from lowrank_geo.peft.layer import FixedRankLayer
 
 THOROUGH = pytest.mark.thorough
@@ -46,6 +47,30 @@ def test_the_groups_keep_triples_and_put_the_head_off_the_manifold():
     assert sum(p.numel() for g in groups for p in g["params"]) == sum(
         p.numel() for p in net.parameters() if p.requires_grad
     )
+
+
+@pytest.mark.parametrize(
+    "name, wanted",
+    [
+        ("qhadam", [(2.0, [4, 4]), (4.0, [2])]),
+        ("schedule-free-adam", [(2.0, [4, 4]), (4.0, [2])]),
+        ("lion", [(0.5, [4, 2, 4])]),
+    ],
+)
+def test_one_rate_serves_ranks_that_differ(name, wanted):
+    layers = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 6), nn.Linear(8, 8))
+    config = FixedRankConfig(r=4, target_modules=["0", "1", "2"], rank_pattern={"1": 2})
+    cls, settings = optimizer_for(get_peft_model(layers, config), name, lr=0.5)
+    groups = cls(**settings).param_groups  # takes whole triples only
+    assert [(g["lr"], [len(S) for S in g["params"][1::3]]) for g in groups] == wanted
+    assert [len(g["layers"]) for g in groups] == [len(ranks) for _, ranks in wanted]
+
+
+def test_the_optimizer_and_its_rate_have_defaults():
+    cls, settings = optimizer_for(model())  # of rank 3
+    groups = settings["params"]
+    assert cls.__name__ == "Trainer[qhadam]" and groups[0]["lr"] == 5e-3 / 4 * 16 / 3
+    assert optimizer_for(model(), "muon")[1]["params"][0]["lr"] == 1e-2 / 4
 
 
 @pytest.mark.parametrize(

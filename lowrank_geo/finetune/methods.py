@@ -11,15 +11,11 @@ from transformers import TrainerCallback
 
 from lowrank_geo.finetune.config import FinetuneConfig
 from lowrank_geo.optim import LoRAPreconditioned
-from lowrank_geo.optim.named import optimizer_named
 from lowrank_geo.peft import FixedRankConfig, optimizer_for
-from lowrank_geo.peft.training import BETAS
+from lowrank_geo.peft.training import BETAS, default_rate
 
 Wrap = Callable[[nn.Module, FinetuneConfig, str], nn.Module]
 Make = Callable[[nn.Module, FinetuneConfig, float], Optimizer]
-# Of the rate in pre-training, which weights of unit scale need and a change of trained weights does not; measured for
-# "muon" on the demo's encoder, for "muon-product" from the ratio of the two (docs/decisions.md).
-SHARE, SHARES = 0.25, {"muon-product": 2.0}
 
 
 class Method(NamedTuple):
@@ -27,7 +23,7 @@ class Method(NamedTuple):
 
     wrap: Wrap
     make: Make
-    lr: float | None  # None: a share of that of the optimizer in pre-training
+    lr: float | None  # None: that of the optimizer
 
     def rate(self, config: FinetuneConfig) -> float:
         """The learning rate of a run.
@@ -38,8 +34,7 @@ class Method(NamedTuple):
             return config.lr
         if self.lr is not None:
             return self.lr
-        name = config.optimizer
-        return SHARES.get(name, SHARE) * optimizer_named(name).lr
+        return default_rate(config.optimizer)
 
 
 def fixed_rank(model: nn.Module, config: FinetuneConfig, task: str) -> nn.Module:

@@ -30,6 +30,7 @@ class Named(NamedTuple):
     euclidean_lr: float
     gradient: Gradient = "tangent"  # what it reads
     takes_betas: bool = False  # whether its groups may name other betas than those of pre-training
+    per_rank: bool = False  # whether the best rate of an adapter falls as 1/r
 
 
 def of(cls: Callable[..., Optimizer], **settings: Any) -> Callable[[Groups, int | None], Optimizer]:
@@ -67,11 +68,17 @@ def schedule_free(
 
 
 OPTIMIZERS: dict[str, Named] = {
-    "adam": Named(of(RiemannianAdam), 5e-3, 2e-3, takes_betas=True),
-    "adam-core": Named(of(RiemannianAdam, over="core"), 5e-3, 2e-3, takes_betas=True),
-    "adam-scalar": Named(of(RiemannianAdam, over="matrix"), 5e-3, 2e-3, takes_betas=True),
+    "adam": Named(of(RiemannianAdam), 5e-3, 2e-3, takes_betas=True, per_rank=True),
+    "adam-core": Named(
+        of(RiemannianAdam, over="core"), 5e-3, 2e-3, takes_betas=True, per_rank=True
+    ),
+    "adam-scalar": Named(
+        of(RiemannianAdam, over="matrix"), 5e-3, 2e-3, takes_betas=True, per_rank=True
+    ),
     "adamw": Named(of(torch.optim.AdamW), 2e-3, 2e-3, gradient="factors"),
-    "adavar": Named(of(RiemannianAdam, betas=(0.95, 0.975), gamma=0.975), 5e-3, 2e-3),
+    "adavar": Named(
+        of(RiemannianAdam, betas=(0.95, 0.975), gamma=0.975), 5e-3, 2e-3, per_rank=True
+    ),
     "dlrt-adam": Named(of(AugmentedAdam), 2e-2, 2e-3),
     "dlrt-heavy-ball": Named(of(AugmentedHeavyBall), 0.1, 0.1),
     "fsgdm": Named(fsgdm, 0.4, 0.4),
@@ -79,11 +86,17 @@ OPTIMIZERS: dict[str, Named] = {
     "muon": Named(of(RiemannianMuon), 1e-2, 2e-3, takes_betas=True),
     "muon-product": Named(of(RiemannianMuon, metric="product"), 1e-2, 2e-3, takes_betas=True),
     "qhadam": Named(
-        of(RiemannianAdam, betas=(0.95, 0.98), nus=(0.8, 1.0)), 5e-3, 2e-3, takes_betas=True
+        of(RiemannianAdam, betas=(0.95, 0.98), nus=(0.8, 1.0)),
+        5e-3,
+        2e-3,
+        takes_betas=True,
+        per_rank=True,
     ),
     "qhm": Named(momentum(QHM(0.7, 0.99)), 1.0, 1.0),
-    "rmsprop": Named(of(RiemannianAdam, betas=(0.0, 0.95)), 2e-3, 1e-3),
-    "schedule-free-adam": Named(schedule_free(RiemannianAdam, betas=(0.0, 0.95)), 5e-3, 5e-3),
+    "rmsprop": Named(of(RiemannianAdam, betas=(0.0, 0.95)), 2e-3, 1e-3, per_rank=True),
+    "schedule-free-adam": Named(
+        schedule_free(RiemannianAdam, betas=(0.0, 0.95)), 5e-3, 5e-3, per_rank=True
+    ),
     "schedule-free-muon": Named(
         schedule_free(RiemannianMuon, momentum=0.0, betas=(0.0, 0.95)), 8e-2, 2e-3
     ),

@@ -8,20 +8,34 @@ from torch.optim import Optimizer
 from transformers import TrainerCallback
 
 from lowrank_geo.diagnostics import drift, singular_values
+from lowrank_geo.geometry import Point
 from lowrank_geo.layers import lowrank_layers
 from lowrank_geo.lowrank_layer import LowRankLayer
 from lowrank_geo.optim import param_groups
+from lowrank_geo.optim.groups import points_of
 from lowrank_geo.optim.named import optimizer_named
 
 # Those of pre-training forget after 20 steps: worth it over thousands, and 0.03 to 0.04 nats lost over 60
 # (docs/decisions.md).
 BETAS = (0.9, 0.999)
+# Of the rate in pre-training, which weights of unit scale need and a change of trained weights does not; measured for
+# "muon" and "qhadam" on the demo's encoder, for "muon-product" from the ratio of the two metrics (docs/decisions.md).
+SHARE, SHARES = 0.25, {"muon-product": 2.0}
+RANK = 16  # at which a rate that falls as 1/r is the one that is given; measured from 4 to 32 (docs/decisions.md)
 HEADS = ("lm_head", "embed", "classifier", "score", "pooler", "modules_to_save")
+
+
+def default_rate(name: str) -> float:
+    """The learning rate of adapters with the optimizer `name`, where none is given.
+
+    Raises: ValueError for an unknown name.
+    """
+    return SHARES.get(name, SHARE) * optimizer_named(name).lr
 
 
 def optimizer_for(
     model: nn.Module,
-    name: str = "muon",
+    name: str = "qhadam",
     *,
     lr: float | None = None,
     euclidean_lr: float | None = None,
@@ -34,9 +48,13 @@ def optimizer_for(
     Trainer's own groups, decayed and not, would tear triples apart. Rates and weight decay are these here, those of
     the training arguments are not read; the schedule is. New heads and other saved modules are Euclidean.
 
-    Args: name: one of `lowrank_geo.optim.OPTIMIZERS`. lr, euclidean_lr: of the adapters, of the rest; None for the
-        method's own. betas: of Adam's moments, in new heads also of "muon"; methods that are defined by theirs,
-        "adavar" say, keep them. total_steps: of the run, for "fsgdm".
+    One `lr` serves all ranks: that of Adam and its relatives is the one at r = 16, and triples of another rank have
+    lr · 16/r. Rows of their direction have mean square 1 whatever the rank, and r of them change an output together.
+
+    Args: name: one of `lowrank_geo.optim.OPTIMIZERS`. lr: of the adapters; None for a quarter of the rate in
+        pre-training, for "muon-product" twice the rate. euclidean_lr: of the rest; None for the method's own. betas: of
+        Adam's moments, in new heads also of "muon"; methods that are defined by theirs, "adavar" say, keep them.
+        total_steps: of the run, for "fsgdm".
     Raises: ValueError for an unknown name, a model without trained parameters, and Polyak's step sizes, which need the
         loss that Trainer keeps to itself.
     """
@@ -48,12 +66,14 @@ def optimizer_for(
         )
     groups = param_groups(
         model,
-        lr=named.lr if lr is None else lr,
+        lr=default_rate(name) if lr is None else lr,
         euclidean_lr=named.euclidean_lr if euclidean_lr is None else euclidean_lr,
         weight_decay=weight_decay,
         dense=HEADS,
         gradient=named.gradient,
     )
+    if named.per_rank:
+        groups = [part for group in groups for part in by_rank(group)]
     if named.takes_betas:
         groups = [{**group, "betas": betas} for group in groups]
     if not groups:
@@ -66,6 +86,24 @@ def optimizer_for(
 
     # Trainer tells optimizers from factories by their being classes; what this class makes is the optimizer itself.
     return type(f"Trainer[{name}]", (Optimizer,), {"__new__": make}), {"params": groups}
+
+
+def by_rank(group: dict[str, Any]) -> list[dict[str, Any]]:
+    """A group of triples as one for each rank r, with lr · 16/r; any other group as it is."""
+    if group["geometry"] != "fixed_rank":
+        return [group]
+    members: dict[int, list[tuple[str, Point]]] = {}
+    for name, point in zip(group["layers"], points_of(group), strict=True):
+        members.setdefault(point.S.shape[-1], []).append((name, point))
+    return [
+        {
+            **group,
+            "params": [p for _, point in found for p in point],
+            "layers": [name for name, _ in found],
+            "lr": group["lr"] * RANK / r,
+        }
+        for r, found in members.items()
+    ]
 
 
 class RankCallback(TrainerCallback):
