@@ -27,6 +27,7 @@ from lowrank_geo.finetune.tokens import Collator, Tokens
 STEPS, WARMUP = 12, 2
 CONTENDERS = {
     "lora, AdamW": ("lora", "muon"),
+    "fixed-rank, qhadam": ("fixed-rank", "qhadam"),
     "fixed-rank, adam": ("fixed-rank", "adam"),
     "fixed-rank, muon": ("fixed-rank", "muon"),
     "fixed-rank, muon-product": ("fixed-rank", "muon-product"),

@@ -19,7 +19,10 @@ class FinetuneConfig:
     task: str = option("seq-cls", "seq-cls or causal-lm.")
     r: int = option(16, "Rank of the adapters.")
     optimizer: str = option("qhadam", "Optimizer of the fixed-rank adapter.")
-    lr: float | None = option(None, "Learning rate of the adapters; the method's own if left out.")
+    lr: float | None = option(
+        None,
+        "Learning rate of the adapters, of Adam and its relatives the one at r = 16; the method's own if left out.",
+    )
     euclidean_lr: float = option(1e-2, "Learning rate of the new head.")
     steps: int = option(80, "Optimizer steps.")
     batch: int = option(16, "Examples that are computed together.")
