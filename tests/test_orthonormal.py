@@ -122,12 +122,13 @@ def test_basis_does_not_depend_on_the_scale(scale):
 
 
 def test_basis_has_batch_dimensions_that_equal_a_loop():
-    K = torch.stack(
-        [graded(9, 3, c, torch.float64) for c in (1.0, 1e6, 1e12)] + [torch.zeros(9, 3)]
-    )
+    conditions = (1.0, 1e6, 1e12)
+    K = torch.stack([graded(9, 3, c, torch.float64) for c in conditions] + [torch.zeros(9, 3)])
     U = torch.stack([frame(9, 3) for _ in range(4)])
-    for i, Q in enumerate(orthonormalize(K, U)):
-        assert (Q - orthonormalize(K[i], U[i])).abs().max() < 1e-12
+    eps = torch.finfo(torch.float64).eps
+    for i, (Q, condition) in enumerate(zip(orthonormalize(K, U), (*conditions, 1.0), strict=True)):
+        # A batch may round its products otherwise than one matrix does, which K magnifies.
+        assert (Q - orthonormalize(K[i], U[i])).abs().max() < 10 * eps * condition
 
 
 @given(
