@@ -43,6 +43,12 @@ def momentum(filter: Filter, **settings: Any) -> Callable[[Groups, int | None], 
     return of(RiemannianSGD, filter=filter, **settings)
 
 
+def adam(lr: float, euclidean_lr: float, *, takes_betas: bool = False, **settings: Any) -> Named:
+    """RiemannianAdam with settings of its own."""
+    make = of(RiemannianAdam, **settings)
+    return Named(make, lr, euclidean_lr, takes_betas=takes_betas, per_rank=True)
+
+
 def fsgdm(groups: Groups, total_steps: int | None) -> Optimizer:
     """RiemannianSGD with the filter that follows the run.
 
@@ -68,32 +74,20 @@ def schedule_free(
 
 
 OPTIMIZERS: dict[str, Named] = {
-    "adam": Named(of(RiemannianAdam), 5e-3, 2e-3, takes_betas=True, per_rank=True),
-    "adam-core": Named(
-        of(RiemannianAdam, over="core"), 5e-3, 2e-3, takes_betas=True, per_rank=True
-    ),
-    "adam-scalar": Named(
-        of(RiemannianAdam, over="matrix"), 5e-3, 2e-3, takes_betas=True, per_rank=True
-    ),
+    "adam": adam(5e-3, 2e-3, takes_betas=True),
+    "adam-core": adam(5e-3, 2e-3, takes_betas=True, over="core"),
+    "adam-scalar": adam(5e-3, 2e-3, takes_betas=True, over="matrix"),
     "adamw": Named(of(torch.optim.AdamW), 2e-3, 2e-3, gradient="factors"),
-    "adavar": Named(
-        of(RiemannianAdam, betas=(0.95, 0.975), gamma=0.975), 5e-3, 2e-3, per_rank=True
-    ),
+    "adavar": adam(5e-3, 2e-3, betas=(0.95, 0.975), gamma=0.975),
     "dlrt-adam": Named(of(AugmentedAdam), 2e-2, 2e-3),
     "dlrt-heavy-ball": Named(of(AugmentedHeavyBall), 0.1, 0.1),
     "fsgdm": Named(fsgdm, 0.4, 0.4),
     "lion": Named(of(RiemannianLion), 2e-3, 2e-3),
     "muon": Named(of(RiemannianMuon), 1e-2, 2e-3, takes_betas=True),
     "muon-product": Named(of(RiemannianMuon, metric="product"), 1e-2, 2e-3, takes_betas=True),
-    "qhadam": Named(
-        of(RiemannianAdam, betas=(0.95, 0.98), nus=(0.8, 1.0)),
-        5e-3,
-        2e-3,
-        takes_betas=True,
-        per_rank=True,
-    ),
+    "qhadam": adam(5e-3, 2e-3, takes_betas=True, betas=(0.95, 0.98), nus=(0.8, 1.0)),
     "qhm": Named(momentum(QHM(0.7, 0.99)), 1.0, 1.0),
-    "rmsprop": Named(of(RiemannianAdam, betas=(0.0, 0.95)), 2e-3, 1e-3, per_rank=True),
+    "rmsprop": adam(2e-3, 1e-3, betas=(0.0, 0.95)),
     "schedule-free-adam": Named(
         schedule_free(RiemannianAdam, betas=(0.0, 0.95)), 5e-3, 5e-3, per_rank=True
     ),

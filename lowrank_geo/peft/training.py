@@ -19,7 +19,7 @@ from lowrank_geo.optim.named import optimizer_named
 # (docs/decisions.md).
 BETAS = (0.9, 0.999)
 # Of the rate in pre-training, which weights of unit scale need and a change of trained weights does not; measured for
-# "muon" and "qhadam" on the demo's encoder, for "muon-product" from the ratio of the two metrics (docs/decisions.md).
+# "muon", "muon-product", "qhadam" and "adam" on the demo's encoder (docs/decisions.md).
 SHARE, SHARES = 0.25, {"muon-product": 2.0}
 RANK = 16  # at which a rate that falls as 1/r is the one that is given; measured from 4 to 32 (docs/decisions.md)
 HEADS = ("lm_head", "embed", "classifier", "score", "pooler", "modules_to_save")
