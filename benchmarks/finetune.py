@@ -32,8 +32,18 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from lowrank_geo.finetune.config import FinetuneConfig
 from lowrank_geo.finetune.memory import peak_bytes, reset_peak
-from lowrank_geo.finetune.methods import METHODS
+from lowrank_geo.finetune.methods import METHODS, Method, lora, with_head
+from lowrank_geo.optim import RiemannianAdam
+from lowrank_geo.peft.training import BETAS, MAX_RMS
 
+
+def bounded(model: nn.Module, config: FinetuneConfig, lr: float) -> RiemannianAdam:
+    """AdamW whose directions of A and B are bounded as those of the fixed-rank adapter are."""
+    adapters, *heads = with_head(model, config, lr)
+    return RiemannianAdam([{**adapters, "max_rms": MAX_RMS}, *heads], betas=BETAS)
+
+
+METHODS["lora-bounded"] = Method(lora(), bounded, None)
 OPTIMIZERS = ("muon", "muon-product", "adam", "sgd", "lion", "qhadam")
 BASELINES = tuple(name for name in METHODS if name != "fixed-rank")
 FIRST = {

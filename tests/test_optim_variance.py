@@ -264,6 +264,66 @@ def test_one_number_for_all_divides_by_the_norm_of_the_tangent(point):
     assert moved.item() == pytest.approx(size**0.5, rel=1e-3)
 
 
+@pytest.mark.parametrize("over", ["row", "matrix", "core"])
+def test_a_bounded_direction_is_the_direction_shortened_a_triple_at_a_time(point, over):
+    """Against the formula in float64, for two triples of which the first is too long and the second is not."""
+    p, step = point(9, 7, 3, batch=(2,)), torch.full((2,), 3.0)
+    fresh = Variance(over=over).slots(Point(*(x[0] for x in p)))
+    slots = {name: Tangent(*(torch.stack([x, x]) for x in state)) for name, state in fresh.items()}
+    g = Tangent(*(torch.randn_like(x) for x in p))
+    m = Tangent(*(torch.stack([x[0], x[1] / 1e4]) for x in g))  # little of the gradient is left
+    signal = Signal(m, g, Tangent(*(torch.zeros_like(x) for x in p)), m, step)
+    free, kept = Variance(over=over)(signal, slots)
+    found, same = Variance(over=over, max_rms=0.2)(signal, slots)
+    rms = torch.cat([x.flatten(1) for x in free], 1).square().mean(1).sqrt()
+    assert rms[0] > 0.3 and 0 < rms[1] < 0.01
+    for short, long in zip(found, free, strict=True):
+        assert (short[0] - 0.2 / rms[0] * long[0]).abs().max() < 1e-15
+        assert torch.equal(short[1], long[1])
+    assert all(torch.equal(same[n].Up, kept[n].Up) for n in kept)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_bounded_step_moves_a_triple_and_a_tensor_by_at_most_the_bound(dtype):
+    layer = LowRankLinear(40, 30, 4, dtype=dtype)
+    optimizer = RiemannianAdam(param_groups(layer), lr=0.01, max_rms=0.2)
+    before, bias = layer.weight.detach().double(), layer.bias.detach().double().clone()
+    for p in layer.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    moved = (before - layer.weight.detach().double()).norm()
+    assert 0 < moved <= 0.01 * 0.2 * (4 * 74) ** 0.5 * 1.05  # retracted, rounded
+    step = (bias - layer.bias.detach().double()).square().mean().sqrt().item()
+    assert step == pytest.approx(0.01 * 0.2, rel=0.05)  # without the bound it is 0.01
+
+
+@pytest.mark.parametrize("max_rms", [None, 1e3])
+def test_a_bound_that_does_not_bind_and_gradients_of_zero_change_nothing(max_rms):
+    def run(settings):
+        torch.manual_seed(0)
+        layer = LowRankLinear(6, 8, 3)
+        optimizer = RiemannianAdam(param_groups(layer), **settings)
+        for scale in (0.0, 1.0, 1.0):
+            for p in layer.parameters():
+                p.grad = scale * torch.randn_like(p)
+            optimizer.step()
+        return list(layer.parameters())
+
+    pairs = zip(run({}), run({"max_rms": max_rms}), strict=True)
+    assert all(torch.equal(plain, bounded) for plain, bounded in pairs)
+
+
+def test_state_that_was_saved_before_a_setting_existed_is_loaded_without_it():
+    layer = LowRankLinear(6, 8, 3)
+    saved = RiemannianAdam(param_groups(layer), lr=0.3).state_dict()
+    for group in saved["param_groups"]:
+        del group["max_rms"]
+    optimizer = RiemannianAdam(param_groups(layer))
+    optimizer.load_state_dict(saved)
+    assert {group["max_rms"] for group in optimizer.param_groups} == {None}
+    assert optimizer.param_groups[0]["lr"] == 0.3
+
+
 def test_signal_to_noise_is_high_for_a_constant_gradient_and_low_for_noise():
     found = {}
     for name, gradient in (("constant", torch.ones), ("noise", torch.randn)):
@@ -295,6 +355,7 @@ BAD = {
     "an unknown over": (dict(over="column"), "'row', 'matrix' or 'core', got 'column'"),
     "a nu above 1": (dict(nus=(1.0, 1.5)), r"nus need .* got \(1\.0, 1\.5\)"),
     "a negative gamma": (dict(gamma=-1.0), r"gamma >= 0, got -1\.0"),
+    "a bound of zero": (dict(max_rms=0.0), r"max_rms > 0, got 0\.0; pass e\.g\. 0\.2"),
     "a negative eps": (dict(eps=-1.0), r"eps >= 0, got -1\.0"),
 }
 

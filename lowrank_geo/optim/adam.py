@@ -31,10 +31,11 @@ class RiemannianAdam(RiemannianOptimizer):
 
     Args: nus: weights of the averages against the current gradient and square, (1, 1) for Adam; QHAdam otherwise, and
         (β₁, 1) is Nadam without momentum decay. gamma: second = m² + γ EMA[(g − m)²] whatever the betas (AdaVar).
+        max_rms: largest root mean square of a direction, over a triple or a tensor off the manifold; None for any.
     Units: at lr 1 every row of the direction has mean square at most 1.
     Raises: ValueError for betas out of [0, 1), a negative lr, an unknown metric or retraction.
     Source: Orvieto & Gower, arXiv 2505.21829 (tied betas, AdaVar); Ma & Yarats, arXiv 1810.06801 (QHAdam); Bécigneul &
-        Ganea, arXiv 1810.00760 (scalar second moments).
+        Ganea, arXiv 1810.00760 (scalar second moments); Shazeer & Stern, arXiv 1804.04235 (largest root mean square).
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class RiemannianAdam(RiemannianOptimizer):
         over: Over = "row",
         nus: tuple[float, float] = (1.0, 1.0),
         gamma: float | None = None,
+        max_rms: float | None = None,
         weight_decay: float = 0.0,
         maximize: bool = False,
         euclidean_lr: float | Tensor | None = None,
@@ -62,6 +64,7 @@ class RiemannianAdam(RiemannianOptimizer):
             over=over,
             nus=tuple(nus),
             gamma=gamma,
+            max_rms=max_rms,
             weight_decay=weight_decay,
             maximize=maximize,
             metric=metric,
@@ -78,7 +81,8 @@ class RiemannianAdam(RiemannianOptimizer):
         gamma, (beta1, beta2) = group["gamma"], group["betas"]
         if gamma is None and beta1 == beta2:
             gamma = beta2
-        return Variance(beta2, group["eps"], gamma, group["nus"][1], group["over"])
+        nu, over, max_rms = group["nus"][1], group["over"], group["max_rms"]
+        return Variance(beta2, group["eps"], gamma, nu, over, max_rms)
 
     @torch.no_grad()
     def gradient_posterior(self, parameter: Tensor) -> Posterior:

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lowrank_geo.geometry import Point, Tangent
+from lowrank_geo.geometry import Point, Tangent, norm
 from lowrank_geo.optim.directions import FlatSignal, Signal, Slots, State
 from lowrank_geo.optim.filters import unbias
 from lowrank_geo.optim.values import check_number
@@ -33,7 +33,8 @@ class Variance:
 
     Raises: ValueError for values out of range.
     Source: Orvieto & Gower, arXiv 2505.21829, proposition 1 and appendix C.4 (AdaVar); Ma & Yarats, arXiv 1810.06801
-        (ν); Bécigneul & Ganea, arXiv 1810.00760 ("matrix").
+        (ν); Bécigneul & Ganea, arXiv 1810.00760 ("matrix"); Shazeer & Stern, arXiv 1804.04235, section 6 (update
+        clipping), here over a whole triple; Liu et al., arXiv 2502.16982 (0.2 to 0.4).
     """
 
     beta: float = 0.95
@@ -41,6 +42,7 @@ class Variance:
     gamma: float | None = 0.95
     nu: float = 1.0
     over: Over = "row"
+    max_rms: float | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.beta < 1:
@@ -58,6 +60,10 @@ class Variance:
             raise ValueError(
                 f"Variance needs over 'row', 'matrix' or 'core', got {self.over!r}; use one of them"
             )
+        if self.max_rms is not None:
+            check_number("max_rms", self.max_rms, 0.2)
+            if not self.max_rms > 0:
+                raise ValueError(f"Variance needs max_rms > 0, got {self.max_rms}; pass e.g. 0.2")
 
     @property
     def flat_slots(self) -> tuple[str, ...]:
@@ -115,7 +121,7 @@ class Variance:
                 signal.output, variance, square, current, weights, strict=True
             )
         ]
-        return Tangent(*direction), found
+        return self._bounded(Tangent(*direction)), found
 
     def flat(self, signal: FlatSignal, states: list[State]) -> list[Tensor]:
         variances = [s["variance"] for s in states]
@@ -130,6 +136,12 @@ class Variance:
             weight = unbias(self.beta, step)
             second = self._second(v, square, g.square() if self.nu < 1 else g, weight)
             directions.append(output / second.sqrt_().add_(self.eps))
+        if self.max_rms is not None:
+            norms = torch._foreach_norm(directions)
+            pairs = zip(directions, norms, strict=True)
+            torch._foreach_mul_(
+                directions, [shrinkage(self.max_rms, d.numel(), n) for d, n in pairs]
+            )
         return directions
 
     @property
@@ -145,6 +157,12 @@ class Variance:
         second = second / expand(weight, second).to(second.dtype)
         return second if self.nu == 1 else (1 - self.nu) * current + self.nu * second
 
+    def _bounded(self, xi: Tangent) -> Tangent:
+        if self.max_rms is None:
+            return xi
+        factor = shrinkage(self.max_rms, sum(x[0].numel() for x in xi), norm(xi))
+        return Tangent(*(factor[:, None, None] * x for x in xi))
+
     def _means(self, xi: Tangent) -> Tangent:
         """Mean squares over what shares a second moment.
 
@@ -158,6 +176,14 @@ class Variance:
         return Tangent(
             up.mean(-1), core if self.over == "core" else core.mean((-2, -1)), vp.mean(-1)
         )
+
+
+def shrinkage(limit: float, count: int, norm: Tensor) -> Tensor:
+    """What makes the root mean square of `count` numbers of this norm at most `limit`; 1 if it is.
+
+    Shapes: (...) -> (...).
+    """
+    return (limit * count**0.5 / norm).clamp(max=1)
 
 
 def still(old: Tensor, new: Tensor) -> Tensor:
