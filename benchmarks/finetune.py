@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from protocol import Row, Run, Store, environment, geometric, round_rate, sweep, table
+from protocol import GROWTH, Row, Run, Store, environment, geometric, round_rate, sweep, table
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from transformers import ViTConfig, ViTForImageClassification
@@ -191,6 +191,7 @@ class Tuned(NamedTuple):
     r: int
     head: float
     row: Row
+    window: float  # of rates, see `window`
 
 
 def around(lr: float) -> list[float]:
@@ -222,26 +223,49 @@ def sweep_both(
                 grid = around(rows[rate].lr)
         best = min(rows, key=lambda rate: rows[rate].loss)
         if best == head:
-            return Tuned(name, r, head, at(head, around(rows[head].lr), seeds))
+            break
         head = best
+    row = at(head, around(rows[head].lr), seeds)
+    found = partial(mean_loss, store, row.method, partial(compute, head), seeds)
+    return Tuned(name, r, head, row, window(found, row.lr))
 
 
-def means(store: Store, method: str, seeds: int = 1) -> dict[float, float]:
-    """The mean loss at each rate that was run with so many seeds; far from the best it is that of one."""
+def mean_loss(
+    store: Store, method: str, compute: Callable[[Run], dict[str, Any]], seeds: int, lr: float
+) -> float:
+    """Over all seeds, computed where it is not there: one seed of these tasks spreads by as much as a window's 5 %."""
+    return statistics.fmean(
+        store.get(Run(method, lr, seed), compute)["loss"] for seed in range(seeds)
+    )
+
+
+def means(store: Store, method: str) -> dict[float, float]:
+    """The mean loss at each rate that was run; far from the best it is that of one seed."""
     losses: dict[float, list[float]] = {}
     for run, record in store.records.items():
         if run.method == method:
             losses.setdefault(run.lr, []).append(record["loss"])
-    return {lr: statistics.fmean(found) for lr, found in losses.items() if len(found) >= seeds}
+    return {lr: statistics.fmean(found) for lr, found in losses.items()}
 
 
-def window(store: Store, tuned: Tuned) -> float:
-    """The largest over the smallest rate whose mean loss is within 5 % of the best, of the rates with all seeds: one
-    seed of this task spreads by as much as that. At least that wide, where the outermost of these rates is inside.
+def window(loss: Callable[[float], float], best: float) -> float:
+    """The largest over the smallest rate around the best at which the loss is within 5 % of it."""
+    bar = 1.05 * loss(best)
+    return edge(loss, best, 2.0, bar) / edge(loss, best, 0.5, bar)
+
+
+def edge(loss: Callable[[float], float], best: float, ratio: float, bar: float) -> float:
+    """The rate, from the best on by factors of `ratio`, at which the loss passes the bar: between the last rate that
+    does not and the first that does, linear in the logarithm. After six factors the last of them.
     """
-    found = means(store, tuned.row.method, tuned.row.seeds)
-    good = [lr for lr, loss in found.items() if loss <= 1.05 * tuned.row.loss]
-    return max(good) / min(good)
+    inside = best
+    for _ in range(GROWTH):
+        outside = round_rate(inside * ratio)
+        if not loss(outside) <= bar:
+            part = (bar - loss(inside)) / (loss(outside) - loss(inside))
+            return inside * ratio ** (part if math.isfinite(part) else 0.0)
+        inside = outside
+    return inside
 
 
 def as_good(store: Store, tuned: Tuned, bar: float) -> float:
@@ -292,7 +316,7 @@ def line(tuned: Tuned, store: Store, bar: float) -> list[str]:
         f"{row.loss:.3f} ± {row.spread:.3f}",
         f"{row.lr:.3g}",
         f"{tuned.head:.3g}",
-        f"{window(store, tuned):.0f}",
+        f"{tuned.window:.1f}",
         f"{as_good(store, tuned, bar):.0f}",
         f"{row.record['trained']:,}",
         f"{speed:.0f}",
@@ -348,8 +372,7 @@ def main() -> None:
     if shared := transfer(store, found):
         print(table(["method", "best lr of each rank", "one lr", "mean excess loss"], shared))
     records = [
-        {**tuned.row._asdict(), "window": window(store, tuned), "head": tuned.head}
-        for tuned in found
+        {**tuned.row._asdict(), "window": tuned.window, "head": tuned.head} for tuned in found
     ]
     print(json.dumps({"benchmark": name, "rows": records, **environment()}))
 
