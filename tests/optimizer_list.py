@@ -39,6 +39,7 @@ OPTIMIZERS = {
     "adam, core": lambda groups: RiemannianAdam(groups, lr=0.01, over="core"),
     "adam": lambda groups: RiemannianAdam(groups, lr=0.01),
     "adam, untied": lambda groups: RiemannianAdam(groups, lr=0.01, betas=(0.9, 0.99)),
+    "adam, bounded": lambda groups: RiemannianAdam(groups, lr=0.03, max_rms=0.2),
     "adam, product": lambda groups: RiemannianAdam(groups, lr=0.01, metric="product"),
     "muon": lambda groups: RiemannianMuon(groups, lr=0.01),
     "muon, no nesterov": lambda groups: RiemannianMuon(groups, lr=0.01, nesterov=False),
