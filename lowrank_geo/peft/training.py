@@ -22,7 +22,7 @@ BETAS = (0.9, 0.999)
 # "muon", "muon-product", "qhadam" and "adam" on the demo's encoder (docs/decisions.md).
 SHARE, SHARES = 0.25, {"muon-product": 2.0}
 RANK = 16  # at which a rate that falls as 1/r is the one that is given; measured from 4 to 32 (docs/decisions.md)
-# Of Adam's directions: in the first steps of a new adapter they are three to five times as long as later, and twice the
+# Of Adam's directions: in the first steps of a new adapter they are three times as long as later, and twice the
 # best rate learns nothing (docs/decisions.md).
 MAX_RMS = 0.2
 HEADS = ("lm_head", "embed", "classifier", "score", "pooler", "modules_to_save")
