@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from protocol import GROWTH, Row, Run, Store, environment, geometric, round_rate, sweep, table
+from protocol import Row, Run, Store, environment, geometric, round_rate, sweep, table, window
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from transformers import ViTConfig, ViTForImageClassification
@@ -246,26 +246,6 @@ def means(store: Store, method: str) -> dict[float, float]:
         if run.method == method:
             losses.setdefault(run.lr, []).append(record["loss"])
     return {lr: statistics.fmean(found) for lr, found in losses.items()}
-
-
-def window(loss: Callable[[float], float], best: float) -> float:
-    """The largest over the smallest rate around the best at which the loss is within 5 % of it."""
-    bar = 1.05 * loss(best)
-    return edge(loss, best, 2.0, bar) / edge(loss, best, 0.5, bar)
-
-
-def edge(loss: Callable[[float], float], best: float, ratio: float, bar: float) -> float:
-    """The rate, from the best on by factors of `ratio`, at which the loss passes the bar: between the last rate that
-    does not and the first that does, linear in the logarithm. After six factors the last of them.
-    """
-    inside = best
-    for _ in range(GROWTH):
-        outside = round_rate(inside * ratio)
-        if not loss(outside) <= bar:
-            part = (bar - loss(inside)) / (loss(outside) - loss(inside))
-            return inside * ratio ** (part if math.isfinite(part) else 0.0)
-        inside = outside
-    return inside
 
 
 def as_good(store: Store, tuned: Tuned, bar: float) -> float:

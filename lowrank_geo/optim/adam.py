@@ -81,8 +81,8 @@ class RiemannianAdam(RiemannianOptimizer):
         gamma, (beta1, beta2) = group["gamma"], group["betas"]
         if gamma is None and beta1 == beta2:
             gamma = beta2
-        nu, over, max_rms = group["nus"][1], group["over"], group["max_rms"]
-        return Variance(beta2, group["eps"], gamma, nu, over, max_rms)
+        bound = group.get("max_rms")  # not in states of before it was there
+        return Variance(beta2, group["eps"], gamma, group["nus"][1], group["over"], bound)
 
     @torch.no_grad()
     def gradient_posterior(self, parameter: Tensor) -> Posterior:

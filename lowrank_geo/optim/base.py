@@ -70,9 +70,6 @@ class RiemannianOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(mark(state))
-        for group in self.param_groups:  # of a version that did not have all settings of this one
-            for name, value in self.defaults.items():
-                group.setdefault(name, value)
         if state.get("_compiled") is not None:
             self.compile(**state["_compiled"])
 

@@ -31,6 +31,7 @@ class Named(NamedTuple):
     gradient: Gradient = "tangent"  # what it reads
     takes_betas: bool = False  # whether its groups may name other betas than those of pre-training
     per_rank: bool = False  # whether the best rate of an adapter falls as 1/r
+    bounded: bool = False  # whether fine-tuning bounds the direction of an adapter
 
 
 def of(cls: Callable[..., Optimizer], **settings: Any) -> Callable[[Groups, int | None], Optimizer]:
@@ -46,7 +47,9 @@ def momentum(filter: Filter, **settings: Any) -> Callable[[Groups, int | None], 
 def adam(lr: float, euclidean_lr: float, *, takes_betas: bool = False, **settings: Any) -> Named:
     """RiemannianAdam with settings of its own."""
     make = of(RiemannianAdam, **settings)
-    return Named(make, lr, euclidean_lr, takes_betas=takes_betas, per_rank=True)
+    return Named(
+        make, lr, euclidean_lr, takes_betas=takes_betas, per_rank=True, bounded=takes_betas
+    )
 
 
 def fsgdm(groups: Groups, total_steps: int | None) -> Optimizer:

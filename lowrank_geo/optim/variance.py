@@ -31,10 +31,14 @@ class Variance:
     invariant to the gauge. An entry of M has an age of its own there: of the weight 1 − βᵗ of the gradients before, it
     has kept a part, since frames that turn away take some with them, and is divided by what it has kept.
 
+    `max_rms`: directions are scaled down to a root mean square of at most this, over all coordinates of Up, M and Vp
+    together, or of a flat parameter; None leaves them as they are. Without it, that of Adam is 1 in the first step and
+    0.2 to 0.4 in the long run.
+
     Raises: ValueError for values out of range.
     Source: Orvieto & Gower, arXiv 2505.21829, proposition 1 and appendix C.4 (AdaVar); Ma & Yarats, arXiv 1810.06801
         (ν); Bécigneul & Ganea, arXiv 1810.00760 ("matrix"); Shazeer & Stern, arXiv 1804.04235, section 6 (update
-        clipping), here over a whole triple; Liu et al., arXiv 2502.16982 (0.2 to 0.4).
+        clipping), here over a whole triple; Liu et al., arXiv 2502.16982 (root mean squares of Adam's updates).
     """
 
     beta: float = 0.95
@@ -178,12 +182,12 @@ class Variance:
         )
 
 
-def shrinkage(limit: float, count: int, norm: Tensor) -> Tensor:
-    """What makes the root mean square of `count` numbers of this norm at most `limit`; 1 if it is.
+def shrinkage(limit: float, count: int, length: Tensor) -> Tensor:
+    """What makes the root mean square of `count` numbers of this Euclidean length at most `limit`; 1 if it is.
 
     Shapes: (...) -> (...).
     """
-    return (limit * count**0.5 / norm).clamp(max=1)
+    return (limit * count**0.5 / length).clamp(max=1)
 
 
 def still(old: Tensor, new: Tensor) -> Tensor:
@@ -199,4 +203,4 @@ def expand(scale: Tensor, like: Tensor) -> Tensor:
 
     Shapes: (L), (L, m) or (L, r, r) with (L, m, r) -> three dimensions.
     """
-    return scale.reshape(*scale.shape, *(1,) * (like.dim() - scale.dim()))
+    return scale.reshape((*scale.shape, *(1,) * (like.dim() - scale.dim())))

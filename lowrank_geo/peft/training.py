@@ -22,8 +22,7 @@ BETAS = (0.9, 0.999)
 # "muon", "muon-product", "qhadam" and "adam" on the demo's encoder (docs/decisions.md).
 SHARE, SHARES = 0.25, {"muon-product": 2.0}
 RANK = 16  # at which a rate that falls as 1/r is the one that is given; measured from 4 to 32 (docs/decisions.md)
-# Of Adam's directions: in the first steps of a new adapter they are three times as long as later, and twice the
-# best rate learns nothing (docs/decisions.md).
+# Of Adam's directions, which have one of 1 in the first step of a new adapter and of 0.3 later on (docs/decisions.md).
 MAX_RMS = 0.2
 HEADS = ("lm_head", "embed", "classifier", "score", "pooler", "modules_to_save")
 
@@ -58,7 +57,8 @@ def optimizer_for(
     Args: name: one of `lowrank_geo.optim.OPTIMIZERS`. lr: of the adapters; None for a quarter of the rate in
         pre-training, for "muon-product" twice the rate. euclidean_lr: of the rest; None for the method's own. betas: of
         Adam's moments, in new heads also of "muon"; methods that are defined by theirs, "adavar" say, keep them.
-        max_rms: largest root mean square of the adapters' directions with the same methods but "muon"; None for any.
+        max_rms: largest root mean square of the adapters' directions with "adam", "adam-core", "adam-scalar" and
+        "qhadam", None for any; heads and other methods have none.
         total_steps: of the run, for "fsgdm".
     Raises: ValueError for an unknown name, a model without trained parameters, and Polyak's step sizes, which need the
         loss that Trainer keeps to itself.
@@ -81,11 +81,11 @@ def optimizer_for(
         groups = [part for group in groups for part in by_rank(group)]
     if named.takes_betas:
         groups = [{**group, "betas": betas} for group in groups]
-        if named.per_rank:
-            groups = [
-                {**group, "max_rms": max_rms} if group["geometry"] == "fixed_rank" else group
-                for group in groups
-            ]
+    if named.bounded:
+        groups = [
+            {**group, "max_rms": max_rms} if group["geometry"] == "fixed_rank" else group
+            for group in groups
+        ]
     if not groups:
         raise ValueError(
             "optimizer_for needs a model with trained parameters, got none; load the adapter with is_trainable=True"
