@@ -69,7 +69,9 @@ def test_one_rate_serves_ranks_that_differ(name, wanted):
 def test_the_optimizer_and_its_rate_have_defaults():
     cls, settings = optimizer_for(model())  # of rank 3
     groups = settings["params"]
-    assert cls.__name__ == "Trainer[qhadam]" and groups[0]["lr"] == 5e-3 / 4 * 16 / 3
+    assert cls.__name__ == "Trainer[qhadam]" and groups[0]["lr"] == 5e-3 / 2 * 16 / 3
+    free = optimizer_for(model(), max_rms=None)[1]["params"]
+    assert free[0]["lr"] == 5e-3 / 4 * 16 / 3  # the bound doubles the best rate
     assert optimizer_for(model(), "muon")[1]["params"][0]["lr"] == 1e-2 / 4
 
 

@@ -20,19 +20,21 @@ from lowrank_geo.optim.named import optimizer_named
 BETAS = (0.9, 0.999)
 # Of the rate in pre-training, which weights of unit scale need and a change of trained weights does not; measured for
 # "muon", "muon-product", "qhadam" and "adam" on the demo's encoder (docs/decisions.md).
-SHARE, SHARES = 0.25, {"muon-product": 2.0}
+SHARE, BOUNDED_SHARE, SHARES = 0.25, 0.5, {"muon-product": 2.0}
 RANK = 16  # at which a rate that falls as 1/r is the one that is given; measured from 4 to 32 (docs/decisions.md)
 # Of Adam's directions, which have one of 1 in the first step of a new adapter and of 0.3 later on (docs/decisions.md).
 MAX_RMS = 0.2
 HEADS = ("lm_head", "embed", "classifier", "score", "pooler", "modules_to_save")
 
 
-def default_rate(name: str) -> float:
-    """The learning rate of adapters with the optimizer `name`, where none is given.
+def default_rate(name: str, max_rms: float | None = MAX_RMS) -> float:
+    """The learning rate of adapters with the optimizer `name` and this bound, where none is given.
 
     Raises: ValueError for an unknown name.
     """
-    return SHARES.get(name, SHARE) * optimizer_named(name).lr
+    named = optimizer_named(name)
+    bounded = named.bounded and max_rms is not None
+    return SHARES.get(name, BOUNDED_SHARE if bounded else SHARE) * named.lr
 
 
 def optimizer_for(
@@ -55,11 +57,11 @@ def optimizer_for(
     lr · 16/r. Rows of their direction have mean square 1 whatever the rank, and r of them change an output together.
 
     Args: name: one of `lowrank_geo.optim.OPTIMIZERS`. lr: of the adapters; None for a quarter of the rate in
-        pre-training, for "muon-product" twice the rate. euclidean_lr: of the rest; None for the method's own. betas: of
-        Adam's moments, in new heads also of "muon"; methods that are defined by theirs, "adavar" say, keep them.
-        max_rms: largest root mean square of the adapters' directions with "adam", "adam-core", "adam-scalar" and
-        "qhadam", None for any; heads and other methods have none.
-        total_steps: of the run, for "fsgdm".
+        pre-training, half of it with a bound, for "muon-product" twice the rate. euclidean_lr: of the rest; None for
+        the method's own. betas: of Adam's moments, in new heads also of "muon"; methods that are defined by theirs,
+        "adavar" say, keep them. max_rms: the bound, a largest root mean square of the adapters' directions with "adam",
+        "adam-core", "adam-scalar" and "qhadam"; None for any. Heads and other methods have none. total_steps: of the
+        run, for "fsgdm".
     Raises: ValueError for an unknown name, a model without trained parameters, and Polyak's step sizes, which need the
         loss that Trainer keeps to itself.
     """
@@ -71,7 +73,7 @@ def optimizer_for(
         )
     groups = param_groups(
         model,
-        lr=default_rate(name) if lr is None else lr,
+        lr=default_rate(name, max_rms) if lr is None else lr,
         euclidean_lr=named.euclidean_lr if euclidean_lr is None else euclidean_lr,
         weight_decay=weight_decay,
         dense=HEADS,
