@@ -5,8 +5,7 @@
     python benchmarks/finetune.py docstrings --quick  # r = 16; needs lowrank-geo[demo]; 15 to 30 s a run, 13 a method
     python benchmarks/finetune.py docstrings --ranks 16 --only "fixed-rank, muon|^lora"  # all of it: 12 hours a core
 
-digits: a small ViT pre-trained on the digits 0 to 4 of scikit-learn, fine-tuned on 5 to 9 with a new head. docstrings:
-the MiniLM encoder, which module of the standard library a docstring comes from. Every method has grids of ratio 2 for
+The tasks are those of finetune_tasks.py. Every method has grids of ratio 2 for
 two learning rates, its own and that of the new head, grown until the best is inside: a method that is compared at the
 head's rate of another one looks worse by more than what adapters differ by. Runs are kept in results/ and skipped. Ends
 with one JSON line.
@@ -17,21 +16,17 @@ import json
 import math
 import re
 import statistics
-import time
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
+from finetune_tasks import TASKS
 from protocol import Row, Run, Store, environment, geometric, round_rate, sweep, table, window
-from sklearn.datasets import load_digits
-from torch import Tensor, nn
-from transformers import ViTConfig, ViTForImageClassification
+from torch import nn
 
 from lowrank_geo.finetune.config import FinetuneConfig
-from lowrank_geo.finetune.memory import peak_bytes, reset_peak
 from lowrank_geo.finetune.methods import METHODS, Method, lora, with_head
 from lowrank_geo.optim import RiemannianAdam
 from lowrank_geo.peft.training import BETAS, MAX_RMS
@@ -61,111 +56,7 @@ RANKS = (4, 8, 16, 32)
 QUICK_RANKS = {"digits": (4, 16, 32), "docstrings": (16,)}
 QUICK = ("fixed-rank, muon", "lora", "lora-manifold", "pissa", "full")
 
-
 Compute = Callable[[float, Run], dict[str, Any]]  # of the rate of the head, and a run
-
-
-class Digits(NamedTuple):
-    """Images (N, 1, 8, 8) and labels (N)."""
-
-    x: Tensor
-    y: Tensor
-
-
-@cache
-def digits(upper: bool) -> tuple[Digits, Digits]:
-    """Training and held-out images of the digits 5 to 9, or 0 to 4; labels 0 to 4."""
-    source = load_digits()
-    x = torch.tensor(source.images, dtype=torch.float32)[:, None] / 8 - 1
-    y = torch.tensor(source.target)
-    chosen = ((y >= 5) == upper).nonzero()[:, 0]
-    chosen = chosen[torch.randperm(len(chosen), generator=torch.Generator().manual_seed(0))]
-    held_out, train = chosen[:300], chosen[300:]
-    # 100 to learn from: with all of them every method is right on every image.
-    train = train[:100] if upper else train
-    return Digits(x[train], y[train] % 5), Digits(x[held_out], y[held_out] % 5)
-
-
-def small_vit(seed: int) -> ViTForImageClassification:
-    torch.manual_seed(seed)
-    return ViTForImageClassification(
-        ViTConfig(
-            hidden_size=64,
-            intermediate_size=128,
-            num_attention_heads=4,
-            num_hidden_layers=3,
-            image_size=8,
-            patch_size=2,
-            num_channels=1,
-            num_labels=5,
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-        )
-    )
-
-
-@cache
-def pretrained() -> dict[str, Tensor]:
-    """The weights after 300 steps of AdamW on the digits 0 to 4."""
-    model, (train, _) = small_vit(0), digits(False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    for _ in range(300):
-        rows = torch.randint(0, len(train.y), (64,))
-        optimizer.zero_grad()
-        F.cross_entropy(model(train.x[rows]).logits, train.y[rows]).backward()
-        optimizer.step()
-    return model.state_dict()
-
-
-def compute_digits(method: str, optimizer: str, r: int, head: float, run: Run) -> dict[str, Any]:
-    """Fine-tune for 60 steps of 32; "loss" is that of held-out images."""
-    model = small_vit(run.seed)
-    new_head = model.classifier.state_dict()
-    model.load_state_dict(pretrained())
-    model.classifier.load_state_dict(new_head)
-    steps = 60
-    config = FinetuneConfig(r=r, optimizer=optimizer, steps=steps, euclidean_lr=head, seed=run.seed)
-    torch.manual_seed(run.seed)
-    wrapped = METHODS[method].wrap(model, config, "SEQ_CLS")
-    chosen = METHODS[method].make(wrapped, config, run.lr)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(chosen, steps)
-    (train, held_out), draw = digits(True), torch.Generator().manual_seed(run.seed)
-    reset_peak()
-    start = time.perf_counter()
-    for step in range(steps):
-        rows = torch.randint(0, len(train.y), (32,), generator=draw)
-        loss = F.cross_entropy(wrapped(pixel_values=train.x[rows]).logits, train.y[rows])
-        loss.backward()
-        nn.utils.clip_grad_norm_(wrapped.parameters(), 1.0)
-        chosen.step()
-        prune = getattr(getattr(wrapped, "base_model", None), "update_and_allocate", None)
-        if prune is not None:
-            prune(step)
-        chosen.zero_grad()
-        schedule.step()
-    seconds, memory = time.perf_counter() - start, peak_bytes()
-    with torch.no_grad():
-        logits = wrapped.eval()(pixel_values=held_out.x).logits
-    return {
-        "loss": F.cross_entropy(logits, held_out.y).item(),
-        "accuracy": (logits.argmax(1) == held_out.y).float().mean().item(),
-        "trained": sum(p.numel() for p in wrapped.parameters() if p.requires_grad),
-        "samples_per_second": 32 * steps / seconds,
-        "peak_memory": memory,
-    }
-
-
-def compute_docstrings(
-    method: str, optimizer: str, r: int, head: float, run: Run
-) -> dict[str, Any]:
-    """Fine-tune MiniLM with Trainer for 60 steps of 16 texts of at most 32 tokens."""
-    from lowrank_geo.finetune.run import finetune
-
-    settings = dict(steps=60, length=32, euclidean_lr=head, seed=run.seed)
-    return finetune(FinetuneConfig(r=r, optimizer=optimizer, lr=run.lr, **settings), method=method)
-
-
-TASKS = {"digits": compute_digits, "docstrings": compute_docstrings}
 
 
 def entries(r: int, quick: bool) -> list[tuple[str, str, str]]:
@@ -274,14 +165,15 @@ def one_rate(store: Store, ranks: list[Tuned]) -> tuple[float, float]:
 
 
 def transfer(store: Store, found: list[Tuned]) -> list[list[str]]:
-    """How far one learning rate for all ranks goes, a line for each method that was tuned at several."""
+    """How far one learning rate for all ranks goes, and the geometric mean of windows, for methods tuned at several."""
     by_name = {t.name: [x for x in found if x.name == t.name] for t in found}
     lines = []
     for name, ranks in by_name.items():
         if len(ranks) > 1:
             lr, excess = one_rate(store, ranks)
             own = ", ".join(f"{x.row.lr:.3g} (r {x.r})" for x in ranks)
-            lines.append([name, own, f"{lr:.3g}", f"{excess:.3f}"])
+            wide = statistics.geometric_mean(x.window for x in ranks)
+            lines.append([name, own, f"{lr:.3g}", f"{excess:.3f}", f"{wide:.2f}"])
     return lines
 
 
@@ -350,7 +242,12 @@ def main() -> None:
     bars = {tuned.r: tuned.row.loss for tuned in found if tuned.name == "lora"}
     print(table(HEADER, [line(tuned, store, bars.get(tuned.r, math.nan)) for tuned in found]))
     if shared := transfer(store, found):
-        print(table(["method", "best lr of each rank", "one lr", "mean excess loss"], shared))
+        print(
+            table(
+                ["method", "best lr of each rank", "one lr", "mean excess loss", "mean window"],
+                shared,
+            )
+        )
     records = [
         {**tuned.row._asdict(), "window": tuned.window, "head": tuned.head} for tuned in found
     ]

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from finetune import RANKS, compute_digits
+from finetune import RANKS
+from finetune_tasks import compute_digits
 from protocol import Run, Store, environment, geometric, table
 
 
