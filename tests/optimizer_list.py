@@ -40,6 +40,7 @@ OPTIMIZERS = {
     "adam": lambda groups: RiemannianAdam(groups, lr=0.01),
     "adam, untied": lambda groups: RiemannianAdam(groups, lr=0.01, betas=(0.9, 0.99)),
     "adam, bounded": lambda groups: RiemannianAdam(groups, lr=0.03, max_rms=0.2),
+    "adam, advance bounded": lambda groups: RiemannianAdam(groups, lr=0.3, max_advance=0.1),
     "adam, product": lambda groups: RiemannianAdam(groups, lr=0.01, metric="product"),
     "muon": lambda groups: RiemannianMuon(groups, lr=0.01),
     "muon, no nesterov": lambda groups: RiemannianMuon(groups, lr=0.01, nesterov=False),

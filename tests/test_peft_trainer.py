@@ -79,15 +79,17 @@ def test_the_optimizer_and_its_rate_have_defaults():
     "name, bounds",
     [("qhadam", {0.2}), ("adam-core", {0.2}), ("rmsprop", {None}), ("muon", {None})],
 )
-def test_directions_of_adapters_with_adam_are_bounded(name, bounds):
+@pytest.mark.parametrize("key", ["max_rms", "max_advance"])
+def test_steps_of_adapters_with_adam_are_bounded(name, bounds, key):
     wrapped = model()
+    bounds = {0.3} if key == "max_advance" and bounds == {0.2} else bounds
     found = optimizer_for(wrapped, name)[0](**optimizer_for(wrapped, name)[1]).param_groups
     given = {True: set(), False: set()}
     for group in found:
-        given[group["geometry"] == "fixed_rank"].add(group.get("max_rms"))
+        given[group["geometry"] == "fixed_rank"].add(group.get(key))
     assert given == {True: bounds, False: {None}}
-    free = optimizer_for(wrapped, name, max_rms=None)[1]["params"]
-    assert all(group.get("max_rms") is None for group in free)
+    free = optimizer_for(wrapped, name, **{key: None})[1]["params"]
+    assert all(group.get(key) is None for group in free)
 
 
 @pytest.mark.parametrize(

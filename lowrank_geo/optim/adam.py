@@ -32,6 +32,8 @@ class RiemannianAdam(RiemannianOptimizer):
     Args: nus: weights of the averages against the current gradient and square, (1, 1) for Adam; QHAdam otherwise, and
         (β₁, 1) is Nadam without momentum decay. gamma: second = m² + γ EMA[(g − m)²] whatever the betas (AdaVar).
         max_rms: largest root mean square of a direction, over a triple or a tensor off the manifold; None for any.
+        max_advance: longest way of a step along the gradient, over all groups that have this bound; longer steps are
+        shortened to it (`pending.share`). A number in a group of another optimizer does the same; None for any.
     Units: at lr 1 every row of the direction has mean square at most 1.
     Raises: ValueError for betas out of [0, 1), a negative lr, an unknown metric or retraction.
     Source: Orvieto & Gower, arXiv 2505.21829 (tied betas, AdaVar); Ma & Yarats, arXiv 1810.06801 (QHAdam); Bécigneul &
@@ -49,6 +51,7 @@ class RiemannianAdam(RiemannianOptimizer):
         nus: tuple[float, float] = (1.0, 1.0),
         gamma: float | None = None,
         max_rms: float | None = None,
+        max_advance: float | None = None,
         weight_decay: float = 0.0,
         maximize: bool = False,
         euclidean_lr: float | Tensor | None = None,
@@ -65,6 +68,7 @@ class RiemannianAdam(RiemannianOptimizer):
             nus=tuple(nus),
             gamma=gamma,
             max_rms=max_rms,
+            max_advance=max_advance,
             weight_decay=weight_decay,
             maximize=maximize,
             metric=metric,

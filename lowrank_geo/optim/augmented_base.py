@@ -100,7 +100,9 @@ class AugmentedOptimizer(RiemannianOptimizer):
                 for at, kept in zip(points, taken.kept.unbind(), strict=True):
                     self._transports[at.S] = kept
 
-        return Pending(group, lambda: proposal.slope().sum(), move)
+        return Pending(
+            group, lambda: proposal.slope().sum(), lambda: proposal.squares().sum(-1), move
+        )
 
     def _core(self, cycle: Cycle, points: list[Point]) -> Core:
         cores = [point.S for point in points]

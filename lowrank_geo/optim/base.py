@@ -4,7 +4,8 @@ result.
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,18 +17,11 @@ from lowrank_geo.optim import euclidean
 from lowrank_geo.optim.checks import check_group, check_is_state, check_state, geometry_of
 from lowrank_geo.optim.copies import mark, with_marks
 from lowrank_geo.optim.groups import by_shape, counts, gradients, points_of, with_gradients
+from lowrank_geo.optim.pending import Pending, take_all
 from lowrank_geo.optim.stacks import stack, store
 from lowrank_geo.optim.step import Rule, propose, take
 from lowrank_geo.optim.values import check_keys, check_rate
 from lowrank_geo.precision import full_precision
-
-
-class Pending(NamedTuple):
-    """What the optimizer would do to some parameters of one group; nothing has moved yet but state."""
-
-    group: dict[str, Any]
-    slope: Callable[[], Tensor]  # () -> (), ⟨gradient, direction⟩ over these parameters
-    take: Callable[[float | Tensor], None]  # move by a learning rate
 
 
 class RiemannianOptimizer(Optimizer):
@@ -138,8 +132,7 @@ class RiemannianOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for pending in self.pending():
-            pending.take(pending.group["lr"])
+        take_all(self.pending())
         return loss
 
     @torch.no_grad()
@@ -193,7 +186,9 @@ class RiemannianOptimizer(Optimizer):
             for at, tau in zip(points, moved.transport.unbind(), strict=True):
                 self._transports[at.S] = tau
 
-        return Pending(group, lambda: proposal.slope().sum(), move)
+        return Pending(
+            group, lambda: proposal.slope().sum(), lambda: proposal.squares().sum(-1), move
+        )
 
     def _count(self, lr: float | Tensor, points: list[Point], gradient: Tangent) -> Tensor:
         """Advance the counters; returns them, at least 1, for the bias corrections.
@@ -222,7 +217,8 @@ class RiemannianOptimizer(Optimizer):
         def move(lr: float | Tensor) -> None:
             euclidean.descend(params, found, lr, group["weight_decay"])
 
-        return Pending(group, lambda: euclidean.slope(grads, found), move)
+        slope, squares = (partial(f, grads, found) for f in (euclidean.slope, euclidean.squares))
+        return Pending(group, slope, squares, move)
 
     def transports(self) -> dict[str, float]:
         """τ = |Tm|/|m| of the last step by layer name: how much momentum survived the transport.

@@ -35,6 +35,10 @@ def check_group(group: dict[str, Any]) -> None:
     """Raise ValueError or TypeError for numbers that are out of range, and for factors where they do not belong."""
     check_rate("lr", group["lr"])
     check_rate("weight_decay", group["weight_decay"])
+    if (bound := group.get("max_advance")) is not None:
+        check_number("max_advance", bound, 0.3)
+        if not bound > 0:
+            raise ValueError(f"max_advance needs to be > 0, got {bound}; pass e.g. 0.3")
     if "betas" in group:
         check_betas(group["betas"])
     if "nus" in group:

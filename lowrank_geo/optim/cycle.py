@@ -58,6 +58,13 @@ class CoreProposal(NamedTuple):
         """
         return (self.gradient * self.direction).sum((-2, -1))
 
+    def squares(self) -> Tensor:
+        """|gradient|² and |direction|².
+
+        Shapes: -> (2, L).
+        """
+        return torch.stack([x.square().sum((-2, -1)) for x in (self.gradient, self.direction)])
+
 
 def propose_core(cycle: Cycle, event: Event, core: Core, gradient: Tangent) -> CoreProposal:
     """Augment, if it is time, and find the direction of the core.

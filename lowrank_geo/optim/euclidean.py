@@ -63,6 +63,14 @@ def slope(grads: list[Tensor], directions: list[Tensor]) -> Tensor:
     return torch.stack([(g * d).sum().float() for g, d in pairs]).sum()
 
 
+def squares(grads: list[Tensor], directions: list[Tensor]) -> Tensor:
+    """Σ|gradient|² and Σ|direction|².
+
+    Shapes: -> (2).
+    """
+    return torch.stack([slope(grads, grads), slope(directions, directions)])
+
+
 def descend(
     params: list[Tensor], directions: list[Tensor], lr: float | Tensor, weight_decay: float
 ) -> None:

@@ -14,6 +14,7 @@ from lowrank_geo.optim.averaging import average_named
 from lowrank_geo.optim.base import RiemannianOptimizer
 from lowrank_geo.optim.checks import check_loss, check_schedule_free
 from lowrank_geo.optim.copies import attributes
+from lowrank_geo.optim.pending import take_all
 from lowrank_geo.optim.polyak import Polyak, scalars
 from lowrank_geo.optim.second_points import SecondPoints
 from lowrank_geo.optim.weights import Weights, weights_named
@@ -199,8 +200,7 @@ class ScheduleFree(Optimizer):
 
     def _descend(self, values: Tensor | None) -> None:
         if values is None:
-            for pending in self.optimizer.pending():
-                pending.take(pending.group["lr"])
+            take_all(self.optimizer.pending())
             return
         rule, parts = self._step_size, list(self.optimizer.pending())
         assert rule is not None

@@ -40,6 +40,13 @@ class Proposal(NamedTuple):
         """
         return inner(self.gradient, self.direction)
 
+    def squares(self) -> Tensor:
+        """|gradient|² and |direction|² in the metric.
+
+        Shapes: -> (2, L).
+        """
+        return torch.stack([inner(x, x) for x in (self.gradient, self.direction)])
+
 
 class Moved(NamedTuple):
     """The result of a step."""

@@ -24,6 +24,8 @@ SHARE, BOUNDED_SHARE, SHARES = 0.25, 0.5, {"muon-product": 2.0}
 RANK = 16  # at which a rate that falls as 1/r is the one that is given; measured from 4 to 32 (docs/decisions.md)
 # Of Adam's directions, which have one of 1 in the first step of a new adapter and of 0.3 later on (docs/decisions.md).
 MAX_RMS = 0.2
+# Of a step along the gradient at the peak of the schedule: best rates of "qhadam" have 0.2 to 0.4 (docs/decisions.md).
+MAX_ADVANCE = 0.3
 HEADS = ("lm_head", "embed", "classifier", "score", "pooler", "modules_to_save")
 
 
@@ -46,6 +48,7 @@ def optimizer_for(
     weight_decay: float = 0.0,
     betas: tuple[float, float] = BETAS,
     max_rms: float | None = MAX_RMS,
+    max_advance: float | None = MAX_ADVANCE,
     total_steps: int | None = None,
 ) -> tuple[type[Optimizer], dict[str, Any]]:
     """What Trainer takes as `optimizer_cls_and_kwargs`: the optimizer `name` on the trained parameters of a model.
@@ -60,8 +63,9 @@ def optimizer_for(
         pre-training, half of it with a bound, for "muon-product" twice the rate. euclidean_lr: of the rest; None for
         the method's own. betas: of Adam's moments, in new heads also of "muon"; methods that are defined by theirs,
         "adavar" say, keep them. max_rms: the bound, a largest root mean square of the adapters' directions with "adam",
-        "adam-core", "adam-scalar" and "qhadam"; None for any. Heads and other methods have none. total_steps: of the
-        run, for "fsgdm".
+        "adam-core", "adam-scalar" and "qhadam"; None for any. Heads and other methods have none. max_advance: longest
+        way along the gradient of a step of these adapters, all together, which is what a too large `lr` comes to; None
+        for any. total_steps: of the run, for "fsgdm".
     Raises: ValueError for an unknown name, a model without trained parameters, and Polyak's step sizes, which need the
         loss that Trainer keeps to itself.
     """
@@ -85,7 +89,9 @@ def optimizer_for(
         groups = [{**group, "betas": betas} for group in groups]
     if named.bounded:
         groups = [
-            {**group, "max_rms": max_rms} if group["geometry"] == "fixed_rank" else group
+            {**group, "max_rms": max_rms, "max_advance": max_advance}
+            if group["geometry"] == "fixed_rank"
+            else group
             for group in groups
         ]
     if not groups:

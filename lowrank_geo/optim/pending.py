@@ -1,0 +1,78 @@
+"""A step in parts, for those who choose its length from all of it, and the bound of how far it goes."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+LEAST_COSINE = (
+    1 / 8
+)  # of a direction with the gradient; one that has lost the gradient still has a length
+
+
+class Pending(NamedTuple):
+    """What the optimizer would do to some parameters of one group; nothing has moved yet but state."""
+
+    group: dict[str, Any]
+    slope: Callable[[], Tensor]  # () -> (), ⟨gradient, direction⟩ over these parameters
+    squares: Callable[[], Tensor]  # () -> (2), |gradient|² and |direction|² over them
+    take: Callable[[float | Tensor], None]  # move by a learning rate
+
+
+def take_all(parts: Iterable[Pending]) -> None:
+    """Take every part at the rate of its group, those of groups with the same `max_advance` at a share of it."""
+    bounded: dict[float, list[Pending]] = {}
+    for part in parts:
+        bound = part.group.get("max_advance")  # not in states of before it was there
+        if bound is None:
+            part.take(part.group["lr"])
+        else:
+            bounded.setdefault(bound, []).append(part)
+    for bound, held in bounded.items():
+        fraction = share(held, bound)
+        for part in held:
+            part.take(part.group["lr"] * fraction.to(part.group["params"][0].device))
+
+
+def share(parts: list[Pending], bound: float) -> Tensor:
+    """What part of a step D = Σ peak·direction advances by at most the bound: min(1, bound / advance).
+
+    advance = max(⟨g, D⟩/|g|, |D|/8), the way that D goes along the gradient g of all parts, which is what a gradient of
+    norm 1 promises of decrease. Rates are those of the peak of a schedule, which so shortens bounded steps as others.
+    Gauge-free and free of the scale of the loss; no read-back to the host.
+
+    Shapes: -> ().
+    Source: the linear model that is trusted up to a bound is that of trust-region methods (Nocedal & Wright, Numerical
+        Optimization, chapter 4); on the predicted change of a whole step, the clipping of K-FAC (Ba, Grosse & Martens,
+        Distributed second-order optimization using Kronecker-factored approximations, ICLR 2017).
+    """
+    rates = [peak(part.group) for part in parts]
+    slopes = [part.slope() for part in parts]
+    at = slopes[0]
+    along, gradient, direction = (0 * at for _ in range(3))
+    for part, rate, slope in zip(parts, rates, slopes, strict=True):
+        first, second = part.squares().to(at)
+        along, gradient, direction = (
+            along + rate * slope.to(at),
+            gradient + first,
+            direction + rate**2 * second,
+        )
+    tiny = torch.finfo(at.dtype).tiny
+    advance = torch.maximum(
+        along / gradient.clamp(min=tiny).sqrt(), LEAST_COSINE * direction.sqrt()
+    )
+    return torch.where(advance > bound, bound / advance, 1.0)
+
+
+def peak(group: dict[str, Any]) -> float | Tensor:
+    """The largest rate of a group under its schedule, as far as torch's schedulers tell: the rate that they start from,
+    and the largest of a cycle.
+
+    Shapes: -> () where the rate is a tensor.
+    """
+    rates = [group[key] for key in ("lr", "initial_lr", "max_lr") if key in group]
+    if not any(isinstance(rate, Tensor) for rate in rates):
+        return max(rates)
+    device = next(rate.device for rate in rates if isinstance(rate, Tensor))
+    return torch.stack([torch.as_tensor(rate, device=device) for rate in rates]).amax()
