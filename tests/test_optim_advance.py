@@ -158,9 +158,32 @@ def test_a_direction_that_opposes_the_gradient_has_a_length_too():
 def test_the_peak_is_the_largest_rate_that_schedulers_name():
     assert peak({"lr": 0.1}) == 0.1
     assert peak({"lr": 0.1, "initial_lr": 0.4}) == 0.4
+    assert peak({"lr": 0.1, "peak_lr": 0.3}) == 0.3
     assert peak({"lr": 0.5, "initial_lr": 0.04, "max_lr": 1.0}) == 1.0
     tensors = {"lr": torch.tensor(0.1), "initial_lr": torch.tensor(0.4), "max_lr": 0.2}
     assert float(peak(tensors)) == pytest.approx(0.4)
+
+
+def test_a_rate_that_is_lowered_by_hand_shortens_bounded_steps():
+    lengths = []
+    weight = nn.Parameter(torch.zeros(4, dtype=torch.float64))
+    optimizer = RiemannianSGD([{"params": [weight], "max_advance": 0.1}], lr=1e3, momentum=0.0)
+    for lr in (1e3, 1e2, 1e3):
+        optimizer.param_groups[0]["lr"] = lr
+        before, weight.grad = weight.detach().clone(), torch.ones_like(weight)
+        optimizer.step()
+        lengths.append((before - weight).norm().item())
+    assert lengths == pytest.approx([0.1, 0.01, 0.1])
+
+
+def test_gradients_that_are_not_finite_stop_the_others():
+    """A sound group next to one with a NaN takes no step without a bound."""
+    sound, broken = (nn.Parameter(torch.ones(4)) for _ in range(2))
+    groups = [{"params": [p], "max_advance": 0.1} for p in (sound, broken)]
+    optimizer = RiemannianSGD(groups, lr=1e3, momentum=0.0)
+    sound.grad, broken.grad = torch.ones(4), torch.full((4,), float("nan"))
+    optimizer.step()
+    assert torch.equal(sound, torch.ones(4))
 
 
 def test_gradients_of_zero_move_nothing(data):
@@ -204,6 +227,11 @@ def test_a_saved_state_goes_on_bit_for_bit(data):
     assert all(
         torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True)
     )
+
+
+def test_a_mistyped_bound_is_not_passed_over():
+    with pytest.raises(ValueError, match="got 'max_advanc'; did you mean 'max_advance'"):
+        RiemannianSGD([{"params": [nn.Parameter(torch.ones(2))], "max_advanc": 0.1}], lr=0.1)
 
 
 @pytest.mark.parametrize(

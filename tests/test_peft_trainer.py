@@ -76,13 +76,18 @@ def test_the_optimizer_and_its_rate_have_defaults():
 
 
 @pytest.mark.parametrize(
-    "name, bounds",
-    [("qhadam", {0.2}), ("adam-core", {0.2}), ("rmsprop", {None}), ("muon", {None})],
+    "name, key, bounds",
+    [
+        ("qhadam", "max_rms", {0.2}),
+        ("adam-core", "max_rms", {0.2}),
+        ("rmsprop", "max_rms", {None}),
+        ("muon", "max_rms", {None}),
+        ("qhadam", "max_advance", {0.3}),
+        ("adam", "max_advance", {None}),
+    ],
 )
-@pytest.mark.parametrize("key", ["max_rms", "max_advance"])
-def test_steps_of_adapters_with_adam_are_bounded(name, bounds, key):
+def test_steps_of_adapters_with_adam_are_bounded(name, key, bounds):
     wrapped = model()
-    bounds = {0.3} if key == "max_advance" and bounds == {0.2} else bounds
     found = optimizer_for(wrapped, name)[0](**optimizer_for(wrapped, name)[1]).param_groups
     given = {True: set(), False: set()}
     for group in found:

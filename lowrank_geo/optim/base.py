@@ -54,7 +54,9 @@ class RiemannianOptimizer(Optimizer):
         self._euclidean_lr = defaults["lr"] if euclidean_lr is None else euclidean_lr
         self._transports: dict[Tensor, Tensor] = {}  # S -> τ
         self._compiled: dict[str, Any] | None = None  # the options
-        super().__init__(params, {"geometry": "euclidean", "maximize": False, **defaults})
+        super().__init__(
+            params, {"geometry": "euclidean", "maximize": False, "max_advance": None, **defaults}
+        )
 
     _propose_step = staticmethod(propose)
     _take_step = staticmethod(take)

@@ -17,6 +17,7 @@ from lowrank_geo.optim.lora_pairs import Pair, lora_pairs, write, written
 from lowrank_geo.optim.muon import RiemannianMuon
 
 RATES = ("lr", "weight_decay")
+PEAKS = ("initial_lr", "max_lr")  # what schedulers write into groups
 
 
 class LoRAPreconditioned(Optimizer):
@@ -98,7 +99,7 @@ class LoRAPreconditioned(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group, inner in zip(self.param_groups, self.inner.param_groups, strict=True):
-            inner.update({key: group[key] for key in RATES})
+            inner.update({key: group[key] for key in (*RATES, *PEAKS) if key in group})
         for bucket in self._buckets():
             give_gradients(bucket, self.damping)
         self.inner.step()

@@ -32,6 +32,7 @@ class Named(NamedTuple):
     takes_betas: bool = False  # whether its groups may name other betas than those of pre-training
     per_rank: bool = False  # whether the best rate of an adapter falls as 1/r
     bounded: bool = False  # whether fine-tuning bounds the direction of an adapter
+    advances: bool = False  # whether it bounds the way of all adapters along the gradient
 
 
 def of(cls: Callable[..., Optimizer], **settings: Any) -> Callable[[Groups, int | None], Optimizer]:
@@ -88,7 +89,9 @@ OPTIMIZERS: dict[str, Named] = {
     "lion": Named(of(RiemannianLion), 2e-3, 2e-3),
     "muon": Named(of(RiemannianMuon), 1e-2, 2e-3, takes_betas=True),
     "muon-product": Named(of(RiemannianMuon, metric="product"), 1e-2, 2e-3, takes_betas=True),
-    "qhadam": adam(5e-3, 2e-3, takes_betas=True, betas=(0.95, 0.98), nus=(0.8, 1.0)),
+    "qhadam": adam(5e-3, 2e-3, takes_betas=True, betas=(0.95, 0.98), nus=(0.8, 1.0))._replace(
+        advances=True
+    ),
     "qhm": Named(momentum(QHM(0.7, 0.99)), 1.0, 1.0),
     "rmsprop": adam(2e-3, 1e-3, betas=(0.0, 0.95)),
     "schedule-free-adam": Named(

@@ -30,49 +30,48 @@ def take_all(parts: Iterable[Pending]) -> None:
         else:
             bounded.setdefault(bound, []).append(part)
     for bound, held in bounded.items():
-        fraction = share(held, bound)
-        for part in held:
-            part.take(part.group["lr"] * fraction.to(part.group["params"][0].device))
+        slopes = [part.slope() for part in held]
+        fraction = share(held, slopes, bound)
+        for part, slope in zip(held, slopes, strict=True):
+            part.take(part.group["lr"] * fraction.to(slope.device))
 
 
-def share(parts: list[Pending], bound: float) -> Tensor:
+def share(parts: list[Pending], slopes: list[Tensor], bound: float) -> Tensor:
     """What part of a step D = Σ peak·direction advances by at most the bound: min(1, bound / advance).
 
-    advance = max(⟨g, D⟩/|g|, |D|/8), the way that D goes along the gradient g of all parts, which is what a gradient of
-    norm 1 promises of decrease. Rates are those of the peak of a schedule, which so shortens bounded steps as others.
-    Gauge-free and free of the scale of the loss; no read-back to the host.
+    advance = max(⟨g, D⟩/|g|, |D|/8), the way that D goes along the gradient g of all parts, in the metric, which is
+    what a gradient of norm 1 promises of decrease. Rates are those of the peak of a schedule, which so shortens bounded
+    steps as others. Gauge-free and free of the scale of the loss; no read-back to the host. 0 where it is not finite.
 
     Shapes: -> ().
     Source: the linear model that is trusted up to a bound is that of trust-region methods (Nocedal & Wright, Numerical
         Optimization, chapter 4); on the predicted change of a whole step, the clipping of K-FAC (Ba, Grosse & Martens,
         Distributed second-order optimization using Kronecker-factored approximations, ICLR 2017).
     """
-    rates = [peak(part.group) for part in parts]
-    slopes = [part.slope() for part in parts]
     at = slopes[0]
     along, gradient, direction = (0 * at for _ in range(3))
-    for part, rate, slope in zip(parts, rates, slopes, strict=True):
+    for part, slope in zip(parts, slopes, strict=True):
+        rate = peak(part.group)
+        rate = rate.to(at.device) if isinstance(rate, Tensor) else rate
         first, second = part.squares().to(at)
-        along, gradient, direction = (
-            along + rate * slope.to(at),
-            gradient + first,
-            direction + rate**2 * second,
-        )
+        along = along + rate * slope.to(at)
+        gradient, direction = gradient + first, direction + rate**2 * second
     tiny = torch.finfo(at.dtype).tiny
-    advance = torch.maximum(
-        along / gradient.clamp(min=tiny).sqrt(), LEAST_COSINE * direction.sqrt()
-    )
-    return torch.where(advance > bound, bound / advance, 1.0)
+    along = along / gradient.clamp(min=tiny).sqrt()
+    advance = torch.maximum(along, LEAST_COSINE * direction.sqrt())
+    fraction = torch.where(advance > bound, bound / advance, 1.0)
+    return torch.where(advance.isfinite(), fraction, 0.0)
 
 
 def peak(group: dict[str, Any]) -> float | Tensor:
-    """The largest rate of a group under its schedule, as far as torch's schedulers tell: the rate that they start from,
-    and the largest of a cycle.
+    """The largest rate of a group under its schedule: of those so far, which the group remembers, the one that torch's
+    schedulers start from, and the largest of a cycle. Rates that are tensors are not remembered.
 
     Shapes: -> () where the rate is a tensor.
     """
-    rates = [group[key] for key in ("lr", "initial_lr", "max_lr") if key in group]
+    rates = [group[key] for key in ("lr", "initial_lr", "max_lr", "peak_lr") if key in group]
     if not any(isinstance(rate, Tensor) for rate in rates):
-        return max(rates)
+        group["peak_lr"] = max(rates)
+        return group["peak_lr"]
     device = next(rate.device for rate in rates if isinstance(rate, Tensor))
     return torch.stack([torch.as_tensor(rate, device=device) for rate in rates]).amax()

@@ -64,8 +64,8 @@ def optimizer_for(
         the method's own. betas: of Adam's moments, in new heads also of "muon"; methods that are defined by theirs,
         "adavar" say, keep them. max_rms: the bound, a largest root mean square of the adapters' directions with "adam",
         "adam-core", "adam-scalar" and "qhadam"; None for any. Heads and other methods have none. max_advance: longest
-        way along the gradient of a step of these adapters, all together, which is what a too large `lr` comes to; None
-        for any. total_steps: of the run, for "fsgdm".
+        way along the gradient of a step of all adapters together with "qhadam", which is what a too large `lr` comes
+        to; None for any. total_steps: of the run, for "fsgdm".
     Raises: ValueError for an unknown name, a model without trained parameters, and Polyak's step sizes, which need the
         loss that Trainer keeps to itself.
     """
@@ -87,13 +87,9 @@ def optimizer_for(
         groups = [part for group in groups for part in by_rank(group)]
     if named.takes_betas:
         groups = [{**group, "betas": betas} for group in groups]
-    if named.bounded:
-        groups = [
-            {**group, "max_rms": max_rms, "max_advance": max_advance}
-            if group["geometry"] == "fixed_rank"
-            else group
-            for group in groups
-        ]
+    bounds = {"max_rms": max_rms} if named.bounded else {}
+    bounds |= {"max_advance": max_advance} if named.advances else {}
+    groups = [{**g, **bounds} if g["geometry"] == "fixed_rank" else g for g in groups]
     if not groups:
         raise ValueError(
             "optimizer_for needs a model with trained parameters, got none; load the adapter with is_trainable=True"
