@@ -228,7 +228,10 @@ def test_a_quarter_is_held_out_and_nothing_is_in_both(folder):
         (["--seed", "-1"], "seed needs to be in [0, 2³²), got -1"),
         (["--length", "100000"], "length needs to be at most 512, the positions of this model"),
         (["--model", "/no/folder"], "--model needs a folder or hub name with a configuration"),
-        (["--lr", "1e30"], "finetune needs a loss that stays finite, got nan; pass a smaller --lr"),
+        (
+            ["--optimizer", "muon", "--lr", "1e30"],
+            "finetune needs a loss that stays finite, got nan; pass a smaller --lr",
+        ),
         (["--targets", "LayerNorm"], "layers that can be adapted, got 'LayerNorm'"),
         (["--task", "causal-lm"], "predicts each token from those before it, got BertLMHeadModel"),
         (["--compare", "lora", "--seeds", "0"], "--seeds needs to be at least 1, got 0; raise it"),
