@@ -32,10 +32,13 @@ from lowrank_geo.optim import RiemannianAdam
 from lowrank_geo.peft.training import BETAS, MAX_RMS
 
 
-def bounded(model: nn.Module, config: FinetuneConfig, lr: float) -> RiemannianAdam:
-    """AdamW whose directions of A and B are bounded as those of the fixed-rank adapter are."""
+def bounded(
+    model: nn.Module, config: FinetuneConfig, lr: float, max_advance: float | None = None
+) -> RiemannianAdam:
+    """AdamW whose directions of A and B, and steps, are bounded as those of the fixed-rank adapter are."""
     adapters, *heads = with_head(model, config, lr)
-    return RiemannianAdam([{**adapters, "max_rms": MAX_RMS}, *heads], betas=BETAS)
+    bounds = {"max_rms": MAX_RMS, "max_advance": max_advance}
+    return RiemannianAdam([{**adapters, **bounds}, *heads], betas=BETAS)
 
 
 METHODS["lora-bounded"] = Method(lora(), bounded, None)

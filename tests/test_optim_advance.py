@@ -176,6 +176,18 @@ def test_a_rate_that_is_lowered_by_hand_shortens_bounded_steps():
     assert lengths == pytest.approx([0.1, 0.01, 0.1])
 
 
+@pytest.mark.parametrize("lr", [1e2, 1e30])
+def test_no_rate_is_too_large(lr):
+    """Not even one whose square overflows float32: the adapter would stand still."""
+    weights = [nn.Parameter(torch.zeros(4)) for _ in range(2)]
+    groups = [{"params": [weight], "max_advance": 0.1} for weight in weights]
+    optimizer = RiemannianSGD(groups, lr=lr, momentum=0.0)
+    for weight in weights:
+        weight.grad = torch.ones(4)
+    optimizer.step()
+    assert torch.cat([w.detach() for w in weights]).norm().item() == pytest.approx(0.1)
+
+
 def test_gradients_that_are_not_finite_stop_the_others():
     """A sound group next to one with a NaN takes no step without a bound."""
     sound, broken = (nn.Parameter(torch.ones(4)) for _ in range(2))

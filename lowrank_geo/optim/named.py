@@ -45,11 +45,23 @@ def momentum(filter: Filter, **settings: Any) -> Callable[[Groups, int | None], 
     return of(RiemannianSGD, filter=filter, **settings)
 
 
-def adam(lr: float, euclidean_lr: float, *, takes_betas: bool = False, **settings: Any) -> Named:
+def adam(
+    lr: float,
+    euclidean_lr: float,
+    *,
+    takes_betas: bool = False,
+    advances: bool = False,
+    **settings: Any,
+) -> Named:
     """RiemannianAdam with settings of its own."""
-    make = of(RiemannianAdam, **settings)
     return Named(
-        make, lr, euclidean_lr, takes_betas=takes_betas, per_rank=True, bounded=takes_betas
+        of(RiemannianAdam, **settings),
+        lr,
+        euclidean_lr,
+        takes_betas=takes_betas,
+        per_rank=True,
+        bounded=takes_betas,
+        advances=advances,
     )
 
 

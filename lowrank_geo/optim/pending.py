@@ -30,6 +30,9 @@ def take_all(parts: Iterable[Pending]) -> None:
         else:
             bounded.setdefault(bound, []).append(part)
     for bound, held in bounded.items():
+        for part in held:
+            if not isinstance(largest := peak(part.group), Tensor):
+                part.group["peak_lr"] = largest
         slopes = [part.slope() for part in held]
         fraction = share(held, slopes, bound)
         for part, slope in zip(held, slopes, strict=True):
@@ -53,25 +56,23 @@ def share(parts: list[Pending], slopes: list[Tensor], bound: float) -> Tensor:
     for part, slope in zip(parts, slopes, strict=True):
         rate = peak(part.group)
         rate = rate.to(at.device) if isinstance(rate, Tensor) else rate
-        first, second = part.squares().to(at)
+        first, second = part.squares().to(at).sqrt()
         along = along + rate * slope.to(at)
-        gradient, direction = gradient + first, direction + rate**2 * second
-    tiny = torch.finfo(at.dtype).tiny
-    along = along / gradient.clamp(min=tiny).sqrt()
-    advance = torch.maximum(along, LEAST_COSINE * direction.sqrt())
+        gradient, direction = gradient.hypot(first), direction.hypot(rate * second)
+    along = along / gradient.clamp(min=torch.finfo(at.dtype).tiny)
+    advance = torch.maximum(along, LEAST_COSINE * direction)
     fraction = torch.where(advance > bound, bound / advance, 1.0)
     return torch.where(advance.isfinite(), fraction, 0.0)
 
 
 def peak(group: dict[str, Any]) -> float | Tensor:
-    """The largest rate of a group under its schedule: of those so far, which the group remembers, the one that torch's
-    schedulers start from, and the largest of a cycle. Rates that are tensors are not remembered.
+    """The largest rate of a group under its schedule: the present one, the largest so far, which the group remembers
+    unless it is a tensor, the one that torch's schedulers start from, and the largest of a cycle.
 
     Shapes: -> () where the rate is a tensor.
     """
     rates = [group[key] for key in ("lr", "initial_lr", "max_lr", "peak_lr") if key in group]
     if not any(isinstance(rate, Tensor) for rate in rates):
-        group["peak_lr"] = max(rates)
-        return group["peak_lr"]
+        return max(rates)
     device = next(rate.device for rate in rates if isinstance(rate, Tensor))
     return torch.stack([torch.as_tensor(rate, device=device) for rate in rates]).amax()
