@@ -17,7 +17,7 @@ from lowrank_geo.optim import (
     ScheduleFree,
     param_groups,
 )
-from lowrank_geo.optim.pending import LEAST_COSINE, peak
+from lowrank_geo.optim.advance import LEAST_COSINE, peak
 
 FAMILY = {
     "adam": RiemannianAdam,

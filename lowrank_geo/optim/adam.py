@@ -33,7 +33,7 @@ class RiemannianAdam(RiemannianOptimizer):
         (β₁, 1) is Nadam without momentum decay. gamma: second = m² + γ EMA[(g − m)²] whatever the betas (AdaVar).
         max_rms: largest root mean square of a direction, over a triple or a tensor off the manifold; None for any.
         max_advance: longest way of a step along the gradient, over all groups that have this bound, a length of 8 times
-        it counting as its way at least; longer steps are shortened (`pending.share`). A number in a group of another
+        it counting as its way at least; longer steps are shortened (`advance.share`). A number in a group of another
         optimizer does the same; None for any.
     Units: at lr 1 every row of the direction has mean square at most 1.
     Raises: ValueError for betas out of [0, 1), a negative lr, an unknown metric or retraction.

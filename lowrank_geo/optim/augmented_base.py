@@ -8,11 +8,12 @@ from torch import Tensor
 
 from lowrank_geo.geometry import Point, Tangent
 from lowrank_geo.optim.augmentation import used_rank
-from lowrank_geo.optim.base import Pending, RiemannianOptimizer
+from lowrank_geo.optim.base import RiemannianOptimizer
 from lowrank_geo.optim.checks import check_cycle
 from lowrank_geo.optim.core_rules import CoreRule
 from lowrank_geo.optim.cycle import Core, Cycle, propose_core, take_core, truncate_core
 from lowrank_geo.optim.groups import by_shape, gradients, points_of
+from lowrank_geo.optim.pending import Pending
 from lowrank_geo.optim.stacks import stack, store
 from lowrank_geo.optim.step import Rule
 from lowrank_geo.precision import full_precision

@@ -14,10 +14,11 @@ from torch.optim import Optimizer
 from lowrank_geo import guard
 from lowrank_geo.geometry import Point, Tangent
 from lowrank_geo.optim import euclidean
+from lowrank_geo.optim.advance import take_all
 from lowrank_geo.optim.checks import check_group, check_is_state, check_state, geometry_of
 from lowrank_geo.optim.copies import mark, with_marks
 from lowrank_geo.optim.groups import by_shape, counts, gradients, points_of, with_gradients
-from lowrank_geo.optim.pending import Pending, take_all
+from lowrank_geo.optim.pending import Pending
 from lowrank_geo.optim.stacks import stack, store
 from lowrank_geo.optim.step import Rule, propose, take
 from lowrank_geo.optim.values import check_keys, check_rate

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lowrank_geo.optim import iterates
+from lowrank_geo.optim.advance import take_all
 from lowrank_geo.optim.averaging import average_named
 from lowrank_geo.optim.base import RiemannianOptimizer
 from lowrank_geo.optim.checks import check_loss, check_schedule_free
 from lowrank_geo.optim.copies import attributes
-from lowrank_geo.optim.pending import take_all
 from lowrank_geo.optim.polyak import Polyak, scalars
 from lowrank_geo.optim.second_points import SecondPoints
 from lowrank_geo.optim.weights import Weights, weights_named
