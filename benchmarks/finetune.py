@@ -1,8 +1,9 @@
-"""Adapters at equal rank: fixed rank with every optimizer against LoRA and its variants, on two tasks.
+"""Adapters at equal rank: fixed rank with every optimizer against LoRA and its variants, on three tasks.
 
     python benchmarks/finetune.py digits --quick      # r = 4, 16, 32, five methods, one seed
     python benchmarks/finetune.py digits              # r = 4, 8, 16, 32, three seeds
     python benchmarks/finetune.py docstrings --quick  # r = 16; needs lowrank-geo[demo]; 15 to 30 s a run, 13 a method
+    python benchmarks/finetune.py swapped --only "qhadam|muon-|^lora$|adalora"  # half an hour a core
     python benchmarks/finetune.py docstrings --ranks 16 --only "fixed-rank, muon|^lora"  # all of it: 12 hours a core
 
 The tasks are those of finetune_tasks.py. Every method has grids of ratio 2 for
@@ -53,10 +54,18 @@ FIRST = {
     "lion": 1e-3,
     "full": 2.5e-4,
 }  # first rate of the grid where 2.5e-3 is far off, or where nothing is learned from there on at large ranks
-HEAD = {"digits": 4e-3, "docstrings": 0.032}  # where the search for the rate of new heads starts
-SEARCH = {"digits": 3, "docstrings": 1}  # seeds of that search: what is noisier is quicker, too
+HEAD = {
+    "digits": 4e-3,
+    "docstrings": 0.032,
+    "swapped": 4e-3,
+}  # where the search for the rate of new heads starts
+SEARCH = {
+    "digits": 3,
+    "docstrings": 1,
+    "swapped": 3,
+}  # seeds of that search: what is noisier is quicker, too
 RANKS = (4, 8, 16, 32)
-QUICK_RANKS = {"digits": (4, 16, 32), "docstrings": (16,)}
+QUICK_RANKS = {"digits": (4, 16, 32), "docstrings": (16,), "swapped": (4, 16, 32)}
 QUICK = ("fixed-rank, muon", "lora", "lora-manifold", "pissa", "full")
 
 Compute = Callable[[float, Run], dict[str, Any]]  # of the rate of the head, and a run
